@@ -1,0 +1,37 @@
+# Every target works on a bare machine with Python 3.11+ and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: train test check format clean
+.DEFAULT_GOAL := train
+
+## train: train a small LLaMA on English with and without PRAC, and compare
+train: $(READY)
+	$(BIN)/prac train --method plain paper --out runs/demo
+
+## test: everything that decides whether a change is right
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+## check: format, lint, types
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+## format: make the first two of those pass
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache
+
+# torch first and alone, by its exact version, so that nothing later picks another build of it.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[lab,dev]'
+	touch $(READY)

@@ -1,0 +1,14 @@
+"""Train transformers with a fraction of the activation memory.
+
+import prac
+
+handle = prac.compress(model)  # in place; any optimizer, any trainer, same state_dict
+print(handle.summary())
+"""
+
+from prac.config import PRESETS, Config, Rank
+from prac.convert import compress
+from prac.handle import Handle
+
+__all__ = ["PRESETS", "Config", "Handle", "Rank", "compress"]
+__version__ = "0.1.0"

@@ -1,0 +1,159 @@
+"""What to keep: the policy, as plain frozen dataclasses.
+
+A :class:`Config` says, for each kind of layer, at which rank its input is kept for
+backward (Section 5.1 of the paper, "Layer-Wise Design") and how often the subspaces
+are refreshed (Algorithm 1). It holds no tensors and knows no model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["linear", "norm", "activation"]
+KINDS: tuple[Kind, ...] = ("linear", "norm", "activation")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """How many directions of an activation are kept: ``r1`` principal, ``r2`` random.
+
+    Args:
+        r1: principal directions. A float is a fraction of the width n (floored, as in
+            the paper), an int is a number of directions.
+        r2: random directions, likewise. ``r2 = 0`` is PAC (biased), ``r1 = 0`` is RAC
+            (unbiased, high variance); see Table 1.
+        k: scale of the random part, in units of the unbiased ``k0 = (n - r1) / r2``.
+            Anything but 1.0 biases the estimate; it is here for the ablation of Figure 7.
+
+    >>> Rank(0.3, 0.3).resolve(768)
+    (230, 230)
+    """
+
+    r1: float | int = 0.3
+    r2: float | int = 0.3
+    k: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("r1", "r2"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{name} must be a fraction (0.3) or a count (64), got {value!r}.")
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f"{name} must be finite and not negative, got {value!r}.")
+            if isinstance(value, float) and value > 1:
+                raise ValueError(
+                    f"{name} = {value} is a float, so a fraction of the width, and must be at most 1; "
+                    f"write {name} = {int(value)} (an int) for a number of directions."
+                )
+        if self.r1 == 0 and self.r2 == 0:
+            raise ValueError("rank 0 keeps nothing: give r1, r2 or both a value above 0.")
+        if not (math.isfinite(self.k) and self.k > 0):
+            raise ValueError(f"k must be finite and positive (1.0 is unbiased), got {self.k!r}.")
+
+    def resolve(self, width: int, where: str = "") -> tuple[int, int]:
+        """The number of directions ``(r1, r2)`` for a width of ``width`` features.
+
+        Raises:
+            ValueError: if nothing is left after flooring, or ``r1 + r2 > width``; the
+                message names ``where`` and says what to change.
+        """
+        r1, r2 = (_count(value, width) for value in (self.r1, self.r2))
+        layer = f"{where}: " if where else ""
+        if r1 + r2 == 0:
+            raise ValueError(
+                f"{layer}rank ({self.r1}, {self.r2}) of a width of {width} is 0 directions. "
+                "Raise the rank, or exclude the layer."
+            )
+        if r1 + r2 > width:
+            raise ValueError(
+                f"{layer}r1 + r2 = {r1} + {r2} = {r1 + r2} exceeds the width {width}. "
+                "Lower the rank, or exclude the layer."
+            )
+        return r1, r2
+
+
+def _count(value: float | int, width: int) -> int:
+    # The small term keeps 0.29 * 100 = 28.999… from flooring to 28.
+    return value if isinstance(value, int) else math.floor(value * width + 1e-9)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which layers are compressed, at which rank, refreshed how often.
+
+    Args:
+        linear: rank for the inputs of linear layers; ``None`` leaves them alone.
+        norm: rank for the inputs of LayerNorm and RMSNorm; ``None`` leaves them alone.
+        activation: rank for the inputs of GELU, SiLU and of the gated product
+            ``silu(g) * u`` (both g and u); ``None`` leaves them alone.
+        T1: optimizer steps between refreshes of the principal basis Q1.
+        T2: optimizer steps between refreshes of the random basis Q2. Q2 is also redrawn
+            whenever Q1 changes, or it would no longer be orthogonal to it.
+        seed: seed of the random bases. Each subspace draws from its own generator, so
+            the user's random state is never touched.
+        min_width: layers with narrower inputs are left alone: there P would cost more
+            than it saves (LoRA's second factor, for one).
+    """
+
+    linear: Rank | None = Rank(0.3, 0.3)
+    norm: Rank | None = Rank(0.2, 0.2)
+    activation: Rank | None = Rank(0.2, 0.2)
+    T1: int = 500
+    T2: int = 500
+    seed: int = 0
+    min_width: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("T1", "T2", "min_width"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+
+    def rank(self, kind: Kind) -> Rank | None:
+        """The rank for one kind of layer, or None where that kind is left alone."""
+        rank: Rank | None = getattr(self, kind)
+        return rank
+
+    def replace(self, **changes: Any) -> Config:
+        """A copy with some fields changed: ``PRESETS["paper"].replace(T1=200)``."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Config:
+        """The inverse of :meth:`to_dict`."""
+        ranks: dict[str, Any] = {kind: Rank(**data[kind]) for kind in KINDS if data.get(kind) is not None}
+        return cls(**(data | ranks))
+
+
+PRESETS: dict[str, Config] = {
+    # Section 5.1: r1 = r2 = 0.3n for linear layers, 0.2n for norms and activations.
+    "paper": Config(),
+    # The two limits of Table 1 and Figure 5, at the same total rank as "paper".
+    "pac": Config(linear=Rank(0.6, 0.0), norm=Rank(0.4, 0.0), activation=Rank(0.4, 0.0)),
+    "rac": Config(linear=Rank(0.0, 0.6), norm=Rank(0.0, 0.4), activation=Rank(0.0, 0.4)),
+    # Table 8: r1 = r2 = 2 (Section 6.2), interval 200. The paper does not say which
+    # layers; its 38% less activation memory (Table 5) is what the linear inputs alone
+    # give (7 of RoBERTa's 18 units), and at rank 2 + 2 the tail of a norm or a GELU would
+    # be scaled by k = 383 before a nonlinearity.
+    "finetune": Config(linear=Rank(2, 2), norm=None, activation=None, T1=200, T2=200),
+}
+
+
+def as_config(config: Config | str) -> Config:
+    """A preset by name, or the config itself.
+
+    Raises:
+        ValueError: for an unknown preset; the message lists the known ones.
+    """
+    if isinstance(config, Config):
+        return config
+    if config not in PRESETS:
+        raise ValueError(f"unknown preset {config!r}; choose one of {', '.join(PRESETS)}, or pass a prac.Config.")
+    return PRESETS[config]

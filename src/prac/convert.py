@@ -1,0 +1,166 @@
+"""``prac.compress``: find what can be compressed, find what shares an input, swap the layers."""
+
+from __future__ import annotations
+
+import fnmatch
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from prac.clock import Clock
+from prac.config import Config, as_config
+from prac.handle import Handle
+from prac.layers import Compressed, ElementWise, Match, recognise, swap
+from prac.structure import Example, Structure, example_for, probe
+from prac.subspace import Subspace
+
+Filter = str | Sequence[str] | Callable[[nn.Module, str], bool]
+
+
+def compress(
+    model: nn.Module,
+    config: Config | str = "paper",
+    *,
+    include: Filter | None = None,
+    exclude: Filter | None = None,
+    example: Example | None = None,
+) -> Handle:
+    """Make ``model`` keep compressed activations for backward, in place.
+
+    Outputs stay what they were, to the bit; gradients become estimates. Parameters, hooks,
+    names and ``state_dict`` do not change, so any optimizer, trainer and checkpoint works as
+    before. Compress before ``torch.compile``, DDP or FSDP wrap the model, and after PEFT.
+
+    Layers that read the same tensor (q, k, v; gate, up) share one subspace and one Z. Which
+    do is found by running the model once on ``example``; Hugging Face models make their own.
+    Without one it is found during the first forward pass.
+
+    Embeddings are left alone, and so are, unless ``include`` names them, output heads and
+    layers that see one row per sample, such as a pooler.
+
+    Args:
+        model: any module.
+        config: a :class:`prac.Config` or the name of a preset (:data:`prac.PRESETS`).
+        include: compress only these layers: a pattern on module names
+            (``"*.mlp.*"``), several, or a predicate ``(module, name) -> bool``.
+        exclude: leave these layers alone, likewise.
+        example: a small input to watch the model on: a tensor, a sequence of positional
+            arguments or a mapping of keyword arguments. Only its shape matters.
+
+    Returns:
+        A handle with ``summary()``, ``restore()``, ``state_dict()`` and more.
+
+    Raises:
+        ValueError: nothing matched, the model is compressed already, the preset is unknown,
+            or a rank does not fit a layer (the message names it). The model is then unchanged.
+
+    >>> model = nn.TransformerEncoderLayer(64, 4, 128, activation=nn.GELU())
+    >>> handle = compress(model, "paper", example=torch.zeros(2, 8, 64))
+    >>> print(handle.summary())
+    """
+    config = as_config(config)
+    if any(isinstance(module, Compressed) for module in model.modules()):
+        raise ValueError("this model is compressed already; call handle.restore() on the handle you have first.")
+    included, excluded = _predicate(include), _predicate(exclude)
+    modules = dict(model.named_modules())
+    found = {name: recognise(module) for name, module in modules.items()}
+    matches = {name: match for name, match in found.items() if isinstance(match, Match)}
+
+    example = example if example is not None else example_for(model)
+    structure = Structure() if example is None else probe(model, list(matches), example)
+    heads = structure.heads | _output_embeddings(model, modules)
+
+    def why_not(name: str, match: Match) -> str | None:
+        """The reason to leave a layer alone although it could be compressed."""
+        module, kind = modules[name], match.layer.kind
+        parent = modules.get(name.rpartition(".")[0])
+        width = structure.width.get(name) or next(iter(match.inputs.values()))
+        if excluded(module, name):
+            return "excluded"
+        if include is not None:
+            if not included(module, name):
+                return "not included"
+        elif match.shareable and name in heads:
+            return "output head"
+        elif name in structure.per_sample:
+            return "sees one row per sample, not per token"
+        if config.rank(kind) is None:
+            return f"the config leaves {kind} layers alone"
+        if isinstance(parent, nn.MultiheadAttention):
+            return "nn.MultiheadAttention uses its weights without calling it"
+        if width is not None and width < config.min_width:
+            return f"width {width} is below min_width = {config.min_width}"
+        return None
+
+    reasons = {name: why_not(name, match) for name, match in matches.items()}
+    for name, match in matches.items():
+        parent = name.rpartition(".")[0]
+        if match.layer is ElementWise and matches.get(parent) and reasons[parent] is None:
+            reasons[name] = "runs inside its gated MLP"
+    chosen = {name: match for name, match in matches.items() if reasons[name] is None}
+    if not chosen:
+        skipped = sorted({reason for reason in reasons.values() if reason}) or ["no known layer in it"]
+        raise ValueError(f"nothing to compress in this {type(model).__name__}: {'; '.join(skipped)}.")
+
+    clock = Clock(model)
+    leaders: dict[Any, Subspace] = {}
+    subspaces: dict[str, dict[str, Subspace]] = {}
+    for name, match in chosen.items():
+        rank = config.rank(match.layer.kind)
+        assert rank is not None
+        subspaces[name] = {}
+        for tensor, known_width in match.inputs.items():
+            own = Subspace(
+                rank,
+                clock,
+                width=known_width or structure.width.get(name),
+                T1=config.T1,
+                T2=config.T2,
+                name=name if tensor == "x" else f"{name}:{tensor}",
+                seed=config.seed,
+            )
+            shared = match.shareable and name in structure.reads
+            subspaces[name][tensor] = leaders.setdefault(structure.reads[name], own) if shared else own
+    for name, match in chosen.items():
+        swap(modules[name], match, subspaces[name])
+    if example is None:
+        _share_at_first_call([modules[name] for name, match in chosen.items() if match.shareable])
+
+    notes = {name: why or reasons.get(name) for name, why in found.items() if not isinstance(why, Match)}
+    notes |= {name: reason for name, reason in reasons.items() if reason}
+    return Handle(model, config, clock, chosen, notes)
+
+
+def _predicate(filter: Filter | None) -> Callable[[nn.Module, str], bool]:
+    if filter is None:
+        return lambda module, name: False
+    if callable(filter):
+        return filter
+    patterns = [filter] if isinstance(filter, str) else list(filter)
+    return lambda module, name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _output_embeddings(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
+    # Where the model changes its logits after the head (soft-capping), the probe cannot see it.
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    return {name for name, module in modules.items() if module is head}
+
+
+def _share_at_first_call(layers: Sequence[nn.Module]) -> None:
+    """Let each layer, when first called, adopt the subspace of the layer that read its input before."""
+    seen: dict[int, tuple[weakref.ref[Tensor], Subspace]] = {}
+
+    def adopt(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        hooks.pop(id(layer)).remove()
+        x = args[0] if args else None
+        if not isinstance(layer, Compressed) or not isinstance(x, Tensor):
+            return
+        reader, subspace = seen.get(id(x), (None, None))
+        if reader is not None and subspace is not None and reader() is x:
+            layer.subspaces["x"] = subspace
+        else:
+            seen[id(x)] = (weakref.ref(x), layer.subspaces["x"])
+
+    hooks = {id(layer): layer.register_forward_pre_hook(adopt) for layer in layers}

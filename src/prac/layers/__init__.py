@@ -1,0 +1,20 @@
+"""Layers that keep compressed activations, one file per kind."""
+
+from torch import nn
+
+from prac.layers import activation, gated, linear, norm
+from prac.layers.activation import ElementWise
+from prac.layers.base import Compressed, Match, overrides_forward, swap, unswap
+
+__all__ = ["Compressed", "ElementWise", "Match", "recognise", "swap", "unswap"]
+
+
+def recognise(module: nn.Module) -> Match | str | None:
+    """How to compress a module: a :class:`Match`, why not (a str), or None for no such kind."""
+    for kind in (linear, norm, activation, gated):
+        found = kind.recognise(module)
+        if isinstance(found, Match) and overrides_forward(module):
+            return "its forward was replaced on the instance (by hooks of accelerate, or a kernel); compress first"
+        if found is not None:
+            return found
+    return None

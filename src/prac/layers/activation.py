@@ -1,0 +1,55 @@
+"""GELU and SiLU modules, whatever they are called."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from prac.config import Kind
+from prac.layers.base import Compressed, Match
+from prac.ops import ACTIVATIONS, Activation, activation
+
+
+class ElementWise(Compressed):
+    """Keeps Z = X P in place of X (and of whatever the original's formula keeps)."""
+
+    kind: ClassVar[Kind] = "activation"
+    _function: Activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., m) to (..., m)."""
+        original = super().forward
+        if not self._compresses(x):
+            y: Tensor = original(x)
+            return y
+        return activation(x, self._function, self.subspaces["x"], compute=original)
+
+
+@torch.no_grad()
+def function_of(module: nn.Module) -> Activation | None:
+    """Which known activation a module computes, found by evaluating it on a grid."""
+    if any(module.parameters()) or any(module.children()):
+        return None
+    x = torch.linspace(-6, 6, 97)
+    try:
+        y = module(x)
+    except Exception:  # any failure of a stranger's forward means: none of ours
+        return None
+    for function in ACTIVATIONS.values():
+        if isinstance(y, Tensor) and torch.allclose(y, function.forward(x), rtol=1e-5, atol=1e-6):
+            return function
+    return None
+
+
+def recognise(module: nn.Module) -> Match | str | None:
+    """A GELU or SiLU by its name, then by its values."""
+    name = type(module).__name__.lower()
+    if not any(word in name for word in ("gelu", "silu", "swish")) or any(module.children()):
+        return None
+    function = function_of(module)
+    if function is None:
+        return "an activation, but its values are not those of GELU (exact or tanh) or SiLU"
+    # Its width is that of whatever comes along.
+    return Match(ElementWise, {"x": None}, {"_function": function})

@@ -1,0 +1,72 @@
+"""A compressed layer: the user's own module, with its class swapped for a subclass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from prac.config import Kind
+from prac.subspace import Subspace
+
+
+class Compressed(nn.Module):
+    """Mixed into the class of a module, in front of it, by :func:`swap`.
+
+    The module stays the same object with the same parameters, hooks, names and state_dict;
+    only ``forward`` changes, and only for training steps: in eval mode, under ``no_grad``
+    and where nothing needs a gradient, ``super().forward`` runs, which is the original.
+    """
+
+    kind: ClassVar[Kind]
+    statistics: ClassVar[int] = 0  # numbers per token kept exactly, beside Z
+    subspaces: dict[str, Subspace]  # one for each tensor the layer keeps
+
+    def extra_repr(self) -> str:
+        """The original's, and the rank."""
+        ranks = {f"{s.r1}+{s.r2}" for s in self.subspaces.values() if s.width is not None}
+        rank = f"rank={'/'.join(sorted(ranks))}" if ranks else ""
+        return ", ".join(filter(None, [super().extra_repr(), rank]))
+
+    def _compresses(self, *tensors: Tensor | None) -> bool:
+        wanted = any(t is not None and t.requires_grad for t in tensors)
+        return wanted and self.training and torch.is_grad_enabled()
+
+
+@dataclass(frozen=True)
+class Match:
+    """A module that can be compressed, and how."""
+
+    layer: type[Compressed]
+    inputs: dict[str, int | None]  # the tensors it keeps, by name, and their widths where known
+    attributes: dict[str, Any] = field(default_factory=dict)  # what its forward has to know
+    shareable: bool = False  # it keeps its own input, so its neighbours may read the same tensor
+
+
+_swapped: dict[tuple[type[Compressed], type[nn.Module]], type[nn.Module]] = {}
+
+
+def swap(module: nn.Module, match: Match, subspaces: dict[str, Subspace]) -> None:
+    """Turn ``module`` into a compressed one, in place."""
+    original = type(module)
+    key = (match.layer, original)
+    if key not in _swapped:
+        _swapped[key] = type(f"Prac{original.__name__}", key, {"__module__": original.__module__})
+    module.__class__ = _swapped[key]
+    module.subspaces = subspaces  # type: ignore[assignment]
+    for name, value in match.attributes.items():
+        setattr(module, name, value)
+
+
+def unswap(module: Compressed, match: Match) -> None:
+    """The inverse of :func:`swap`."""
+    for name in ("subspaces", *match.attributes):
+        delattr(module, name)
+    module.__class__ = type(module).__bases__[1]
+
+
+def overrides_forward(module: nn.Module) -> bool:
+    """Whether this one instance has a forward of its own, which would bypass its class's."""
+    return "forward" in vars(module)

@@ -1,0 +1,97 @@
+"""LayerNorm, and RMSNorm in the variants that models define for themselves."""
+
+from __future__ import annotations
+
+import copy
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from prac.config import Kind
+from prac.layers.base import Compressed, Match
+from prac.ops import layer_norm, rms_norm
+
+
+class LayerNorm(Compressed):
+    """Keeps Z = X P and the exact statistics in place of X."""
+
+    kind: ClassVar[Kind] = "norm"
+    statistics: ClassVar[int] = 2
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) to (..., n)."""
+        original = super().forward
+        if not self._compresses(x, self.weight, self.bias):
+            y: Tensor = original(x)
+            return y
+        return layer_norm(x, self.weight, self.bias, self.eps, self.subspaces["x"], compute=original)
+
+
+class RMSNorm(Compressed):
+    """Keeps Z = X P and the exact inverse scale in place of X."""
+
+    kind: ClassVar[Kind] = "norm"
+    statistics: ClassVar[int] = 1
+    weight: Tensor | None
+    _eps: float
+    _offset: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) to (..., n)."""
+        original = super().forward
+        if not self._compresses(x, self.weight):
+            y: Tensor = original(x)
+            return y
+        subspace = self.subspaces["x"]
+        return rms_norm(x, self.weight, self._eps, subspace, offset=self._offset, compute=original)
+
+
+def recognise(module: nn.Module) -> Match | str | None:
+    """LayerNorm by its class; RMSNorm by trying whether the module computes it."""
+    if isinstance(module, nn.LayerNorm):
+        if type(module).forward is not nn.LayerNorm.forward:
+            return "a LayerNorm with a forward of its own"
+        if len(module.normalized_shape) != 1:
+            return f"normalises over {len(module.normalized_shape)} dimensions; only the last one is supported"
+        return Match(LayerNorm, {"x": module.normalized_shape[0]})
+    if not type(module).__name__.endswith("Norm") or any(module.children()):
+        return None
+    weight = getattr(module, "weight", None)
+    if list(dict(module.named_parameters())) != ["weight"] or weight is None or weight.dim() != 1:
+        return "a norm, but not one over the last dimension with a weight and nothing else"
+    formula = _rms_formula(module, weight.numel())
+    if formula is None:
+        return "a norm, but its output is not that of an RMSNorm"
+    eps, offset = formula
+    return Match(RMSNorm, {"x": weight.numel()}, {"_eps": eps, "_offset": offset})
+
+
+@torch.no_grad()
+def _rms_formula(module: nn.Module, n: int) -> tuple[float, float] | None:
+    """(eps, offset) if ``module(x) = (offset + γ) x / √(mean x² + eps)``, found by evaluating it.
+
+    Models write their own RMSNorm; what the class is called does not say whether γ or 1 + γ
+    multiplies, nor which attribute holds eps. A float32 copy with random weights does.
+    """
+    twin = copy.deepcopy(module).to_empty(device="cpu").float()
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.rand(n, generator=generator) + 0.5
+    twin.get_parameter("weight").copy_(weight)
+    found = [vars(module)[a] for a in ("eps", "variance_epsilon", "epsilon") if a in vars(module)]
+    # nn.RMSNorm's None is the machine epsilon of the input's dtype; at float32's, it is nothing.
+    eps = next((float(e) for e in found if e is not None), torch.finfo(torch.float32).eps)
+    # Rows of ordinary size, and rows so small that eps decides.
+    x = torch.randn(8, n, generator=generator) * torch.tensor([[1.0], [max(eps, 1e-12) ** 0.5]] * 4)
+    try:
+        y = twin(x)
+    except Exception:  # any failure of a stranger's forward means: not this formula
+        return None
+    x_hat = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    for offset in (0.0, 1.0):
+        if torch.allclose(y, (offset + weight) * x_hat, rtol=1e-4, atol=1e-6):
+            return eps, offset
+    return None

@@ -1,0 +1,44 @@
+"""What every op shares: how it runs under autocast and in its backward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def apply(op: type[torch.autograd.Function], *args: Any) -> Tensor:
+    """``op.apply(*args)``, typed."""
+    y: Tensor = op.apply(*args)
+    return y
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which autocast would run a matrix product on ``x``."""
+    device = x.device.type
+    # Autocast leaves float64 alone.
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def backward(compute: Callable[..., Gradients]) -> Any:
+    """Decorates an op's backward.
+
+    Once differentiable: the gradient is an estimate made of constants, and differentiating
+    it again would silently ignore how it depends on the input. Autocast off: a backward
+    called inside an autocast region would otherwise change the dtypes chosen in forward.
+    """
+
+    @functools.wraps(compute)
+    def run(ctx: Any, dy: Tensor) -> Gradients:
+        with torch.autocast(dy.device.type, enabled=False):
+            return compute(ctx, dy)
+
+    return staticmethod(once_differentiable(run))

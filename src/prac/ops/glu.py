@@ -1,0 +1,53 @@
+"""The gated product ``f(g) · u`` of SwiGLU and GeGLU MLPs, as one op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prac.estimator import Estimator, Kept
+from prac.ops.elementwise import Activation
+from prac.ops.function import Gradients, apply, backward
+
+
+def glu(g: Tensor, u: Tensor, function: Activation, keep_g: Estimator, keep_u: Estimator) -> Tensor:
+    """``function(g) * u`` that keeps compressed ``g`` and ``u``, and not ``function(g)``.
+
+    ``du = f(g̃) · dy`` and ``dg = f'(g̃) · (dy · ũ)``. The output is exact. The gradients are
+    biased through f and f', as in :func:`prac.ops.activation`; that of g̃ and ũ together is
+    not, since the two are drawn independently.
+
+    Args:
+        g: the gate, (..., m).
+        u: the other factor, (..., m).
+        function: one of :data:`prac.ops.ACTIVATIONS`.
+        keep_g: keeps ``g``.
+        keep_u: keeps ``u``.
+    """
+    return apply(_GLU, g, u, function, keep_g, keep_u)
+
+
+class _GLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, u: Tensor, function: Activation, keep_g: Estimator, keep_u: Estimator) -> Tensor:
+        kept_g = keep_g.keep(g)  # both gradients need it
+        kept_u = keep_u.keep(u) if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(*kept_g.tensors, *(kept_u.tensors if kept_u else ()))
+        ctx.split = len(kept_g.tensors)
+        ctx.bases = (kept_g.basis, kept_u.basis if kept_u else None)
+        ctx.estimators, ctx.function, ctx.shape = (keep_g, keep_u), function, g.shape
+        return function.forward(g) * u
+
+    @backward
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
+        (keep_g, keep_u), (basis_g, basis_u), saved = ctx.estimators, ctx.bases, ctx.saved_tensors
+        g = keep_g.reconstruct(Kept(saved[: ctx.split], basis_g)).view(ctx.shape)
+        dg = du = None
+        if ctx.needs_input_grad[0]:
+            u = keep_u.reconstruct(Kept(saved[ctx.split :], basis_u)).view(ctx.shape)
+            dg = ctx.function.backward((dy * u).to(g.dtype), g)
+        if ctx.needs_input_grad[1]:
+            du = ctx.function.forward(g) * dy
+        return dg, du, None, None, None

@@ -1,0 +1,307 @@
+"""Algorithm 1 of the paper: dynamic activation compression by PRAC.
+
+The projection of equation (6) is kept as one matrix
+
+    P = [Q1, √k · Q2]   (n × r),      Z = X P   (M × r),      X̃ = Z Pᵀ   (M × n)
+
+so that E[X̃] = X over the draw of Q2 (Theorem 6) and E‖X̃ − X‖² = (k − 1) ‖X − X Q1 Q1ᵀ‖²
+(Theorem 7). r2 = 0 gives PAC, r1 = 0 gives RAC.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prac.clock import Clock
+from prac.config import Rank
+from prac.estimator import Kept
+
+# Up to this width `eigh` of the n × n Gram matrix takes milliseconds. Its cost grows as n³
+# and it parallelises badly; above, subspace iteration does the same work in a few large
+# matrix products, and a warm start makes two of them enough.
+EIGH_MAX_WIDTH = 2048
+WARM_ITERATIONS, COLD_ITERATIONS = 2, 6
+TOKENS_PER_SLICE = 8192
+
+
+def gram_matrix(x_MN: Tensor) -> Tensor:
+    """XᵀX (n × n) in float32 (float64 for float64 inputs), a slice of tokens at a time.
+
+    Slices, because the float32 copy of a half-precision X is as large as what compression saves.
+    """
+    dtype = torch.promote_types(x_MN.dtype, torch.float32)
+    gram_NN = torch.zeros(x_MN.shape[1], x_MN.shape[1], dtype=dtype, device=x_MN.device)
+    for rows_MN in x_MN.split(TOKENS_PER_SLICE):
+        rows_MN = rows_MN.to(dtype)
+        gram_NN.addmm_(rows_MN.mT, rows_MN)
+    return gram_NN
+
+
+def principal_basis(
+    gram_NN: Tensor, r1: int, *, start_NR: Tensor | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    """Orthonormal basis (n × r1) of the top-r1 right singular subspace of X, from XᵀX.
+
+    The Gram matrix stands for X because tokens outnumber features. Squaring makes directions
+    whose singular value is below about √eps · σ_max indistinguishable, but what counts here is
+    captured energy, and that is off by at most about r1 · eps · ‖X‖²: nothing. The basis itself
+    is orthonormal to working precision either way.
+
+    For n > :data:`EIGH_MAX_WIDTH` this is subspace iteration from ``start_NR`` (the previous
+    basis) or from a random start. Directions with nearly equal singular values around the
+    cut converge slowly and may be exchanged; the energy missed is then of the size of their
+    difference, which is small for the same reason (the tests bound it by 2% of the tail).
+    """
+    n = gram_NN.shape[0]
+    if n <= EIGH_MAX_WIDTH:
+        return torch.linalg.eigh(gram_NN).eigenvectors[:, n - r1 :].flip(-1)
+    if start_NR is None:
+        q_NR, iterations = _gaussian(n, r1, gram_NN, generator), COLD_ITERATIONS
+    else:
+        q_NR, iterations = start_NR.to(gram_NN), WARM_ITERATIONS
+    for _ in range(iterations):
+        q_NR = torch.linalg.qr(gram_NN @ q_NR).Q
+    return q_NR
+
+
+def random_complement(q1_NR: Tensor, r2: int, *, generator: torch.Generator | None = None) -> Tensor:
+    """Orthonormal basis (n × r2) of (I − Q1 Q1ᵀ) S with S i.i.d. Gaussian: equation (5).
+
+    The projection is applied twice: once leaves a component along Q1 of the size of the
+    rounding error over the distance of S to the complement ("twice is enough").
+    """
+    n = q1_NR.shape[0]
+    s_NR = _gaussian(n, r2, q1_NR, generator)
+    for _ in range(2):
+        s_NR = s_NR - q1_NR @ (q1_NR.mT @ s_NR)
+    return torch.linalg.qr(s_NR).Q
+
+
+def _gaussian(n: int, r: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(n, r, dtype=like.dtype, device=like.device, generator=generator)
+
+
+class _Last(NamedTuple):
+    """The tensor compressed last, and what came of it; neither is kept alive by this."""
+
+    x: weakref.ref[Tensor]
+    version: int
+    step: int
+    z_MR: weakref.ref[Tensor]
+    p_NR: Tensor
+
+
+class Subspace:
+    """The subspace of one activation (or of one activation shared by several layers).
+
+    Args:
+        rank: r1 principal and r2 random directions, and k in units of the unbiased
+            ``k0 = (n − r1) / r2`` of Theorem 6.
+        clock: counts the optimizer steps.
+        width: n, features of the activation; None takes it from the first one seen.
+        T1: optimizer steps between updates of Q1.
+        T2: optimizer steps between updates of Q2. Where they differ, Q2 is redrawn also at
+            every update of Q1: Algorithm 1 as printed would keep a Q2 that is no longer
+            orthogonal to the new Q1, and the estimate would be biased.
+        name: of the layer, for messages and for the seed.
+        seed: with the name, the number of draws so far and the distributed rank, this
+            seeds each draw, so that runs repeat and resume exactly, while the noise of
+            data-parallel ranks is independent and averages out.
+
+    Raises:
+        ValueError: if the rank does not fit the width, or an interval is below 1.
+    """
+
+    def __init__(
+        self,
+        rank: Rank,
+        clock: Clock,
+        *,
+        width: int | None = None,
+        T1: int = 500,
+        T2: int = 500,
+        name: str = "",
+        seed: int = 0,
+    ) -> None:
+        if T1 < 1 or T2 < 1:
+            raise ValueError(f"{name}: refresh intervals must be at least 1, got T1 = {T1}, T2 = {T2}.")
+        self.rank, self.T1, self.T2 = rank, T1, T2
+        self.clock, self.name, self.seed = clock, name, seed
+        self.p_NR: Tensor | None = None
+        self.refreshes = 0
+        self.observer: Callable[[Tensor, Kept], None] | None = None
+        # The optimizer steps at which Q1 and Q2 were last updated.
+        self._q1_step = self._q2_step = -1
+        self._warned = False
+        self._last: _Last | None = None
+        self.width: int | None = None
+        if width is not None:
+            self._fit(width)
+
+    def _fit(self, width: int) -> None:
+        """Settle the ranks and k for a width of n features (line 1 of Algorithm 1)."""
+        if self.width is not None and width != self.width:
+            raise ValueError(f"{self.name}: made for a width of {self.width}, called with {width}; exclude this layer.")
+        if self.width is None:
+            self.r1, self.r2 = self.rank.resolve(width, self.name)
+            self.k = self.rank.k * (width - self.r1) / self.r2 if self.r2 else 1.0
+            self.width = width
+
+    # --- Algorithm 1 -------------------------------------------------------------
+
+    @torch.no_grad()
+    def update(self, x_MN: Tensor) -> None:
+        """Lines 2 to 14 of Algorithm 1: refresh what is due at the clock's step t.
+
+        "t mod T = 0" is read as "a new period of T steps has begun since the last update",
+        so that a layer which was not run at that very step, or met a bad batch there,
+        catches up at its next chance.
+
+        Raises:
+            ValueError: if there is no basis yet and none can be made from this batch. With a
+                basis at hand a bad batch is skipped: the old one stays, with one warning.
+        """
+        self._fit(x_MN.shape[1])
+        t = self.clock.step
+        due_q1 = self.p_NR is None or t // self.T1 != self._q1_step // self.T1
+        due_q2 = due_q1 or t // self.T2 != self._q2_step // self.T2
+        if not due_q2:
+            return
+        with torch.autocast(x_MN.device.type, enabled=False):
+            generator = self._generator(x_MN.device)
+            q1_NR = self._principal(x_MN, generator) if due_q1 else self._q1(x_MN)
+            if q1_NR is None:
+                return
+            q2_NR = random_complement(q1_NR, self.r2, generator=generator)
+            # A new tensor each time: a backward still under way keeps the P of its forward.
+            self.p_NR = torch.cat([q1_NR, math.sqrt(self.k) * q2_NR], dim=1)
+        self._q1_step, self._q2_step = (t if due_q1 else self._q1_step), t
+        self.refreshes += 1
+
+    def _q1(self, x_MN: Tensor) -> Tensor:
+        assert self.p_NR is not None
+        dtype = torch.promote_types(self.p_NR.dtype, torch.float32)
+        return self.p_NR[:, : self.r1].to(device=x_MN.device, dtype=dtype)
+
+    def _principal(self, x_MN: Tensor, generator: torch.Generator) -> Tensor | None:
+        """The new Q1, or None where this batch cannot give one and the old one stays."""
+        if self.r1 == 0:
+            dtype = torch.promote_types(x_MN.dtype, torch.float32)
+            return torch.empty(x_MN.shape[1], 0, dtype=dtype, device=x_MN.device)
+        if x_MN.shape[0] < self.r1:
+            self._skip(
+                f"{x_MN.shape[0]} tokens cannot span a principal basis of r1 = {self.r1} directions; "
+                "use more tokens per step, lower r1, or exclude this layer"
+            )
+            return None
+        gram_NN = gram_matrix(x_MN)
+        if not torch.isfinite(gram_NN).all():
+            self._skip(
+                "the activations hold NaN or Inf, or overflow when squared; "
+                "check the data, the learning rate and the loss scale"
+            )
+            return None
+        start_NR = None if self.p_NR is None else self._q1(x_MN)
+        return principal_basis(gram_NN, self.r1, start_NR=start_NR, generator=generator)
+
+    def _skip(self, problem: str) -> None:
+        if self.p_NR is None:
+            raise ValueError(f"{self.name}: cannot make the first subspace: {problem}.")
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self.name}: refresh at step {self.clock.step} skipped, keeping the old subspace: {problem}.",
+                stacklevel=2,
+            )
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        key = f"{self.seed}/{self.name}/{self.refreshes}/{rank}".encode()
+        seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+        return torch.Generator(device=device).manual_seed(seed)
+
+    # --- the estimator: what ops ask -----------------------------------------------
+
+    @torch.no_grad()
+    def keep(self, x: Tensor, dtype: torch.dtype | None = None) -> Kept:
+        """Z = X P (line 16 of Algorithm 1), for ``x`` of shape (..., n), in ``dtype``.
+
+        Layers that read the same tensor get the same Z: the last one is remembered for as
+        long as both it and its input are alive (Section 5.1, "Subspace Sharing").
+        """
+        dtype = dtype or x.dtype
+        kept = self._remembered(x, dtype)
+        if kept is None:
+            x_MN = x.reshape(-1, x.shape[-1])
+            if self.observer is None or self.p_NR is None:
+                self.update(x_MN)
+            assert self.p_NR is not None
+            if self.p_NR.dtype != dtype or self.p_NR.device != x.device:
+                self.p_NR = self.p_NR.to(device=x.device, dtype=dtype)
+            with torch.autocast(x.device.type, enabled=False):
+                kept = Kept((x_MN.to(dtype) @ self.p_NR,), self.p_NR)
+            self._last = _Last(weakref.ref(x), x._version, self.clock.step, weakref.ref(kept.tensors[0]), self.p_NR)
+        if self.observer is not None:
+            self.observer(x, kept)
+        return kept
+
+    def _remembered(self, x: Tensor, dtype: torch.dtype) -> Kept | None:
+        last = self._last
+        if last is None or last.x() is not x or (last.version, last.step) != (x._version, self.clock.step):
+            return None
+        z_MR = last.z_MR()
+        return Kept((z_MR,), last.p_NR) if z_MR is not None and z_MR.dtype == dtype else None
+
+    @staticmethod
+    def weight_grad(dy_MO: Tensor, kept: Kept) -> Tensor:
+        """The estimate dW = dYᵀ X̃ = (dYᵀ Z) Pᵀ, shape (O, n): two thin products, X̃ is never built."""
+        (z_MR,) = kept.tensors
+        return (dy_MO.mT @ z_MR) @ kept.basis.mT
+
+    @staticmethod
+    def reconstruct(kept: Kept) -> Tensor:
+        """The estimate X̃ = Z Pᵀ, shape (M, n): equation (7)."""
+        (z_MR,) = kept.tensors
+        return z_MR @ kept.basis.mT
+
+    # --- state -----------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """P and the counters: with them a resumed run continues exactly."""
+        return {
+            "p": None if self.p_NR is None else self.p_NR.detach().clone(),
+            "q1_step": self._q1_step,
+            "q2_step": self._q2_step,
+            "refreshes": self.refreshes,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError if the saved P is of another width or rank than this subspace."""
+        p_NR = state["p"]
+        if p_NR is not None:
+            self._fit(p_NR.shape[0])
+            if p_NR.shape[1] != self.r1 + self.r2:
+                raise ValueError(
+                    f"{self.name}: the saved subspace has rank {p_NR.shape[1]}, this one {self.r1 + self.r2}; "
+                    "resume with the config that the run was started with."
+                )
+        self.p_NR = p_NR
+        self._q1_step, self._q2_step = state["q1_step"], state["q2_step"]
+        self.refreshes = state["refreshes"]
+        self._last = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Subspace:
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin.clock = copy.deepcopy(self.clock, memo)
+        twin._last = twin.observer = None
+        return twin

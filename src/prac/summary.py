@@ -1,0 +1,78 @@
+"""The table behind ``handle.summary()``: every module, matched or skipped and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module.
+
+    ``before`` and ``after`` are bytes per row (token) that the layer's own formula keeps for
+    backward: its input, or Z, and statistics. Inputs shared with an earlier layer count there.
+    None where they are not this library's to know.
+    """
+
+    name: str
+    module: str
+    what: str  # linear, norm, activation or "-"
+    rank: str
+    before: int | None
+    after: int | None
+    note: str
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the layer's input is kept compressed."""
+        return self.rank != ""
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text; blocks that repeat are folded into one line with a count."""
+    lines = [("layer", "module", "kind", "rank", "before", "after", "note")]
+    for pattern, count, row in _fold(rows):
+        name = pattern if count == 1 else f"{pattern} ×{count}"
+        lines.append((name, row.module, row.what, row.rank, _number(row.before), _number(row.after), row.note))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    right = {4, 5}
+    text = [
+        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]
+    text.insert(1, "  ".join("─" * w for w in widths))
+    compressed = [row for row in rows if row.compressed]
+    before, after = (sum(getattr(row, side) or 0 for row in compressed) for side in ("before", "after"))
+    text.append("")
+    text.append(
+        f"{len(compressed)} layers compressed, {len(rows) - len(compressed)} modules left alone. "
+        f"Bytes per token kept by the compressed ones: {before:,} → {after:,}"
+        + (f" ({after / before:.0%})." if before else ".")
+    )
+    return "\n".join(line.rstrip() for line in text)
+
+
+def _number(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def _fold(rows: Iterable[Row]) -> list[tuple[str, int, Row]]:
+    """Rows that differ in the numbers within their names alone, as (pattern, count, first)."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        generic = tuple(_NUMBERS.sub("#", text) for text in (row.name, row.note))
+        groups.setdefault((*generic, row.module, row.what, row.rank, _number(row.after)), []).append(row)
+    return [(_pattern([row.name for row in group]), len(group), group[0]) for group in groups.values()]
+
+
+_NUMBERS = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
+
+
+def _pattern(names: Sequence[str]) -> str:
+    """``layers.[0-3].q_proj`` for names that differ in their numbers."""
+    columns = zip(*(_NUMBERS.findall(name) for name in names), strict=True)
+    ranges = [min(c, key=int) if len(set(c)) == 1 else f"[{min(c, key=int)}-{max(c, key=int)}]" for c in columns]
+    pieces = _NUMBERS.split(names[0])
+    return "".join(piece + number for piece, number in zip(pieces, [*ranges, ""], strict=True))

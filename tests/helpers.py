@@ -1,0 +1,93 @@
+"""What several tests need: activations with a known spectrum, subspaces, gradients."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prac.clock import Clock
+from prac.config import Rank
+from prac.subspace import Subspace
+
+
+def activations(m: int, n: int, *, s: int = 4, tail: float = 0.1, seed: int = 0, dtype=torch.float64) -> Tensor:
+    """An (m, n) matrix with a degenerate spectrum (Assumption 4): s large singular values, then a long tail."""
+    generator = torch.Generator().manual_seed(seed)
+    rank = min(m, n)
+    u = torch.linalg.qr(torch.randn(m, rank, generator=generator, dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(n, rank, generator=generator, dtype=torch.float64)).Q
+    sigma = tail * torch.linspace(1, 0.5, rank, dtype=torch.float64)
+    sigma[:s] = torch.linspace(10, 5, s, dtype=torch.float64)[:rank]
+    return ((u * sigma) @ v.T).to(dtype)
+
+
+class Steps(Clock):
+    """A clock to set by hand."""
+
+    def __init__(self, step: int = 0) -> None:
+        self._model_kept = nn.Linear(1, 1)
+        super().__init__(self._model_kept, step)
+
+
+def subspace(r1: int, r2: int, *, k: float = 1.0, seed: int = 0, name: str = "layer", **kwargs: Any) -> Subspace:
+    """A subspace with a clock of its own."""
+    return Subspace(Rank(r1, r2, k), kwargs.pop("clock", None) or Steps(), name=name, seed=seed, **kwargs)
+
+
+def draws(x: Tensor, r1: int, r2: int, count: int, **kwargs: Any) -> Tensor:
+    """``count`` independent reconstructions of x: (count, m, n)."""
+    estimates = []
+    for seed in range(count):
+        s = subspace(r1, r2, seed=seed, **kwargs)
+        estimates.append(s.reconstruct(s.keep(x)))
+    return torch.stack(estimates)
+
+
+def assert_mean(samples: Tensor, expected: Tensor, standard_errors: float = 4.0) -> None:
+    """The mean over dim 0 is ``expected`` within so many standard errors, as a whole and entry by entry.
+
+    Entry by entry the bound is widened for the number of entries (Bonferroni), so that the
+    chance of a false alarm is the one of a single test at ``standard_errors``.
+    """
+    count = samples.shape[0]
+    mean, error = samples.mean(0), samples.std(0) / count**0.5
+    bound = torch.distributions.Normal(0.0, 1.0)
+    alpha = 2 * (1 - bound.cdf(torch.tensor(standard_errors, dtype=torch.float64)))
+    widened = bound.icdf(1 - alpha / (2 * mean.numel())).item()
+    deviation = ((mean - expected).abs() / error.clamp_min(1e-300)).nan_to_num(0.0)
+    rounding = 1e-9 * expected.abs().max()
+    assert (((mean - expected).abs() < rounding) | (deviation < widened)).all(), deviation.max()
+    # As a whole: the squared error of the mean is its variance, on average.
+    total, variance = (mean - expected).square().sum(), error.square().sum()
+    assert total <= (1 + standard_errors) * variance + rounding**2, (total / variance).item()
+
+
+def gradients(module: nn.Module, *inputs: Any, **kwargs: Any) -> dict[str, Tensor]:
+    """Gradients of a fixed random projection of the output: of all parameters, by name."""
+    module.zero_grad(set_to_none=True)
+    loss(module(*inputs, **kwargs)).backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def loss(output: Any) -> Tensor:
+    """A scalar in which every output element has its own weight."""
+    if not isinstance(output, Tensor):
+        output = output[0] if isinstance(output, tuple) else next(iter(output.values()))
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float32)
+    return (output.float() * weights).sum() if output.dtype != torch.float64 else (output * weights.double()).sum()
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """‖a − b‖ / ‖b‖."""
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
+
+
+def odd_shapes() -> list[tuple[int, ...]]:
+    """Shapes nobody would choose: (..., n)."""
+    return [(37, 19), (3, 11, 23), (2, 1, 5, 17)]
+
+
+pairs = itertools.pairwise

@@ -1,0 +1,296 @@
+"""Algorithm 1: bases, refreshes, the clock, state."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from helpers import Steps, activations, subspace
+from torch import nn
+
+import prac.subspace as module
+from prac.clock import Clock
+from prac.subspace import gram_matrix, principal_basis, random_complement
+
+
+def captured(x: torch.Tensor, q: torch.Tensor) -> float:
+    return (x.double() @ q.double()).square().sum().item()
+
+
+@pytest.mark.parametrize(("m", "n", "r"), [(101, 37, 9), (12, 37, 12), (64, 5, 5), (7, 7, 1)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_principal_basis_is_that_of_the_svd(m: int, n: int, r: int, dtype: torch.dtype) -> None:
+    x = activations(m, n, tail=1.0, dtype=dtype)
+    q = principal_basis(gram_matrix(x), r)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(q.T @ q, torch.eye(r, dtype=dtype), atol=tolerance, rtol=0)
+    best = torch.linalg.svdvals(x.double())[:r].square().sum().item()
+    assert captured(x, q) == pytest.approx(best, rel=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gram_matrix_of_half_precision_is_exact_to_float32(dtype: torch.dtype) -> None:
+    x = activations(77, 13, dtype=dtype) * 300
+    assert gram_matrix(x).dtype == torch.float32
+    torch.testing.assert_close(gram_matrix(x).double(), x.double().T @ x.double(), rtol=1e-5, atol=1e-3)
+
+
+def test_gram_matrix_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = activations(101, 7)
+    monkeypatch.setattr(module, "TOKENS_PER_SLICE", 17)
+    torch.testing.assert_close(gram_matrix(x), x.T @ x, rtol=1e-12, atol=1e-12)
+
+
+def test_subspace_iteration_misses_little_energy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cold within 2% of the tail, and closer with each warm start."""
+    monkeypatch.setattr(module, "EIGH_MAX_WIDTH", 10)
+    x = activations(300, 67, s=10, tail=1.0)
+    gram, best = gram_matrix(x), torch.linalg.svdvals(x)[:20].square().sum().item()
+    tail = x.square().sum().item() - best
+    q = principal_basis(gram, 20, generator=torch.Generator().manual_seed(0))
+    missed = [best - captured(x, q)]
+    for _ in range(3):
+        q = principal_basis(gram, 20, start_NR=q)
+        missed.append(best - captured(x, q))
+    assert 0 <= missed[-1] < missed[0] < 0.02 * tail
+    torch.testing.assert_close(q.T @ q, torch.eye(20, dtype=q.dtype), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("n", "r1", "r2"), [(23, 5, 6), (23, 22, 1), (64, 32, 32), (300, 299, 1), (9, 0, 9)])
+def test_random_complement_is_orthonormal_and_orthogonal(n: int, r1: int, r2: int) -> None:
+    q1 = torch.linalg.qr(torch.randn(n, r1, generator=torch.Generator().manual_seed(n))).Q
+    q2 = random_complement(q1, r2, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(q2.T @ q2, torch.eye(r2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(q1.T @ q2, torch.zeros(r1, r2), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("T1", "T2"), [(3, 5), (5, 3), (2, 4), (1, 7), (7, 1), (4, 4)])
+def test_q2_stays_orthogonal_to_q1_when_intervals_differ(T1: int, T2: int) -> None:
+    """After every step of 30 with drifting activations, and each part changes just when it should."""
+    clock = Steps()
+    s = subspace(4, 5, T1=T1, T2=T2, clock=clock)
+    before = None
+    for t in range(30):
+        clock.step = t
+        s.keep(activations(50, 19, seed=t))
+        q1, q2 = s.p_NR[:, :4], s.p_NR[:, 4:] / s.k**0.5
+        torch.testing.assert_close(q1.T @ q2, torch.zeros(4, 5, dtype=q1.dtype), atol=1e-12, rtol=0)
+        torch.testing.assert_close(q2.T @ q2, torch.eye(5, dtype=q1.dtype), atol=1e-12, rtol=0)
+        if before is not None:
+            assert torch.equal(q1, before[0]) == (t % T1 != 0)
+            assert torch.equal(q2, before[1]) == (t % T1 != 0 and t % T2 != 0)
+        before = (q1.clone(), q2.clone())
+
+
+def test_k_is_that_of_theorem_6_and_can_be_scaled() -> None:
+    s = subspace(4, 5, width=19)
+    assert s.k == (19 - 4) / 5
+    assert subspace(4, 5, width=19, k=0.2).k == pytest.approx(0.2 * 3)
+
+
+def test_a_refresh_missed_is_made_up_for() -> None:
+    """A layer that is not run at the very step where t mod T = 0 refreshes at its next use."""
+    clock = Steps()
+    s = subspace(2, 2, T1=10, T2=10, clock=clock)
+    for t, refreshes in ((0, 1), (9, 1), (13, 2), (19, 2), (35, 3), (36, 3), (40, 4)):
+        clock.step = t
+        s.keep(activations(20, 9, seed=t))
+        assert s.refreshes == refreshes
+
+
+def test_the_same_seed_and_name_draw_the_same_and_others_do_not() -> None:
+    x = activations(30, 11)
+
+    def basis(**kwargs: object) -> torch.Tensor:
+        s = subspace(3, 3, **kwargs)
+        s.keep(x)
+        return s.p_NR
+
+    assert torch.equal(basis(), basis())
+    assert not torch.allclose(basis(), basis(seed=1))
+    assert not torch.allclose(basis(), basis(name="other"))
+
+
+def test_the_users_random_state_is_untouched() -> None:
+    s, x = subspace(3, 3), activations(30, 11)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    s.keep(x)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_one_z_for_layers_that_read_the_same_tensor() -> None:
+    s, x = subspace(3, 3), activations(30, 11)
+    first, second = s.keep(x), s.keep(x)
+    assert first.tensors[0] is second.tensors[0]
+    assert s.keep(x.clone()).tensors[0] is not first.tensors[0]
+
+
+def test_z_is_not_reused_after_a_change_or_a_step() -> None:
+    clock = Steps()
+    s, x = subspace(3, 3, clock=clock), activations(30, 11)
+    first = s.keep(x)
+    x.mul_(2)
+    second = s.keep(x)
+    torch.testing.assert_close(second.tensors[0], 2 * first.tensors[0])
+    clock.step = 1
+    assert s.keep(x).tensors[0] is not second.tensors[0]
+
+
+def test_nothing_is_kept_alive_by_remembering() -> None:
+    import weakref
+
+    s, x = subspace(3, 3), activations(30, 11)
+    z = weakref.ref(s.keep(x).tensors[0])
+    assert z() is None
+
+
+def test_a_backward_under_way_keeps_its_own_basis() -> None:
+    """A refresh between forward and backward must not mix the old Z with the new P."""
+    clock = Steps()
+    s, x = subspace(3, 3, T1=1, T2=1, clock=clock), activations(30, 11)
+    kept = s.keep(x)
+    before = s.reconstruct(kept)
+    clock.step = 1
+    s.keep(activations(30, 11, seed=9))
+    assert torch.equal(s.reconstruct(kept), before)
+
+
+# --- bad batches -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bad", "word"),
+    [
+        (activations(30, 11).index_fill(0, torch.tensor([3]), float("nan")), "NaN"),
+        (activations(30, 11).index_fill(0, torch.tensor([3]), float("inf")), "Inf"),
+        (activations(3, 11), "3 tokens"),
+    ],
+)
+def test_bad_batch_at_a_refresh(bad: torch.Tensor, word: str) -> None:
+    """The first one is an error that names the layer; later ones keep the old subspace and warn once."""
+    with pytest.raises(ValueError, match=rf"layers\.3\.q_proj: .*{word}"):
+        subspace(4, 3, name="layers.3.q_proj").keep(bad)
+
+    clock = Steps()
+    s = subspace(4, 3, name="layers.3.q_proj", T1=1, T2=1, clock=clock)
+    s.keep(activations(30, 11))
+    old = s.p_NR.clone()
+    clock.step = 1
+    with pytest.warns(UserWarning, match=rf"layers\.3\.q_proj: refresh at step 1 skipped.*{word}"):
+        s.keep(bad)
+    clock.step = 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        s.keep(bad)
+        assert torch.equal(s.p_NR, old)
+        s.keep(activations(30, 11, seed=4))  # a good batch at the same step catches up
+    assert not torch.equal(s.p_NR, old)
+
+
+def test_rac_needs_no_statistics_of_the_batch() -> None:
+    s = subspace(0, 3)
+    s.keep(torch.full((1, 11), float("nan")))
+    assert torch.isfinite(s.p_NR).all()
+
+
+@pytest.mark.parametrize("x", [torch.zeros(30, 11), torch.ones(30, 11), torch.full((30, 11), 1e-25)])
+def test_degenerate_batches_give_an_orthonormal_basis(x: torch.Tensor) -> None:
+    s = subspace(4, 3)
+    s.keep(x)
+    q = s.p_NR / torch.tensor([1.0] * 4 + [s.k**0.5] * 3)
+    torch.testing.assert_close(q.T @ q, torch.eye(7), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("r1", "r2", "word"), [(0, 0, "rank 0"), (12, 0, "12 exceeds the width 11"), (6, 6, "6 \\+ 6")]
+)
+def test_rank_that_does_not_fit(r1: int, r2: int, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        subspace(r1, r2, width=11, name="layer")
+
+
+@pytest.mark.parametrize(("T1", "T2"), [(0, 1), (1, 0), (-3, 1)])
+def test_interval_below_one(T1: int, T2: int) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        subspace(2, 2, T1=T1, T2=T2)
+
+
+def test_another_width_than_before() -> None:
+    s = subspace(2, 2, name="act")
+    s.keep(activations(20, 11))
+    with pytest.raises(ValueError, match="act: made for a width of 11, called with 13"):
+        s.keep(activations(20, 13))
+
+
+# --- state ---------------------------------------------------------------------------
+
+
+def test_state_resumes_exactly() -> None:
+    clock = Steps()
+    s = subspace(3, 3, T1=4, T2=2, clock=clock)
+    for t in range(6):
+        clock.step = t
+        s.keep(activations(30, 11, seed=t))
+    state = s.state_dict()
+    twin = subspace(3, 3, T1=4, T2=2, clock=clock)
+    twin.load_state_dict(state)
+    for t in range(5, 12):
+        clock.step = t
+        x = activations(30, 11, seed=t)
+        assert torch.equal(s.keep(x).tensors[0], twin.keep(x).tensors[0])
+
+
+def test_state_of_another_rank_is_refused() -> None:
+    s = subspace(3, 3)
+    s.keep(activations(30, 11))
+    with pytest.raises(ValueError, match="rank 6, this one 7"):
+        subspace(3, 4).load_state_dict(s.state_dict())
+
+
+# --- clock -----------------------------------------------------------------------------
+
+
+def train_step(model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def test_clock_counts_optimizer_steps_of_its_own_model() -> None:
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    clock, sgd, stranger = Clock(model), torch.optim.SGD(model.parameters()), torch.optim.SGD(other.parameters())
+    assert clock.step == 0
+    train_step(model, sgd)
+    assert clock.step == 1
+    train_step(other, stranger)
+    assert clock.step == 1
+
+
+def test_two_optimizers_on_one_model_make_one_step() -> None:
+    model = nn.Linear(2, 2)
+    clock = Clock(model)
+    optimizers = torch.optim.AdamW([model.weight]), torch.optim.SGD([model.bias])
+    for t in range(3):
+        train_step(model, *optimizers)
+        assert clock.step == t + 1
+
+
+def test_clock_of_a_copy_follows_the_copy() -> None:
+    model = nn.Linear(2, 2)
+    model.clock = Clock(model)
+    train_step(model, torch.optim.SGD(model.parameters()))
+    twin = copy.deepcopy(model)
+    assert twin.clock.step == 1
+    train_step(twin, torch.optim.SGD(twin.parameters()))
+    assert (model.clock.step, twin.clock.step) == (1, 2)
+
+
+def test_clock_can_be_ticked_by_hand() -> None:
+    clock = Clock(nn.Linear(1, 1))
+    clock.tick()
+    assert clock.step == 1
