@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import torch
@@ -30,6 +30,7 @@ class GatedMLP(Compressed):
     _roles: Roles
     _function: Activation
     _gate_first: bool
+    _original: str  # the child that computes the function, "" where the module calls torch's
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) to (..., n)."""
@@ -39,10 +40,11 @@ class GatedMLP(Compressed):
             return y
         g, u = _gate_and_up(self, self._roles, self._gate_first, x)
         down = self.get_submodule(self._roles[2])
+        f = self.get_submodule(self._original) if self._original else self._function.forward
         if self._compresses(g, u):
-            h = glu(g, u, self._function, self.subspaces["gate"], self.subspaces["up"])
+            h = glu(g, u, self._function, self.subspaces["gate"], self.subspaces["up"], compute=f)
         else:
-            h = self._function.forward(g) * u
+            h = f(g) * u
         y = down(h)
         return y
 
@@ -64,16 +66,21 @@ def recognise(module: nn.Module) -> Match | str | None:
     """
     children = dict(module.named_children())
     linears = {name: child for name, child in children.items() if hasattr(child, "in_features")}
-    others = [child for name, child in children.items() if name not in linears and not _is_idle(child)]
+    others = [name for name, child in children.items() if name not in linears and not _is_idle(child)]
     if len(linears) not in (2, 3) or len(others) > 1:
         return None
-    functions = [function_of(child) for child in others] or list(ACTIVATIONS.values())
+    original = others[0] if others else ""
+    functions = [function_of(children[original])] if original else list(ACTIVATIONS.values())
     found = [
-        Match(GatedMLP, {"gate": width, "up": width}, {"_roles": roles, "_function": f, "_gate_first": gate_first})
+        Match(
+            GatedMLP,
+            {"gate": width, "up": width},
+            {"_roles": roles, "_function": f, "_gate_first": gate_first, "_original": original},
+        )
         for roles, width in _assignments(linears)
         for f in functions
         for gate_first in ((True, False) if roles[0] == roles[1] else (True,))
-        if f is not None and _computes(module, roles, f, gate_first)
+        if f is not None and _computes(module, roles, children[original] if original else f.forward, gate_first)
     ]
     if len(found) > 1:  # with weights of zero, gate and up cannot be told apart
         return "a gated MLP, but its weights do not tell the gate from the other factor; compress after initialising it"
@@ -104,8 +111,8 @@ def _width(linear: nn.Module, attribute: str) -> int:
 
 
 @torch.no_grad()
-def _computes(module: nn.Module, roles: Roles, function: Activation, gate_first: bool) -> bool:
-    """Whether the module is this gated MLP, to rounding, on two random tokens."""
+def _computes(module: nn.Module, roles: Roles, f: Callable[[Tensor], Tensor], gate_first: bool) -> bool:
+    """Whether the module is this gated MLP, to the bit, on two random tokens."""
     parameter = next(module.get_submodule(roles[0]).parameters())
     if parameter.is_meta:
         return False
@@ -115,7 +122,7 @@ def _computes(module: nn.Module, roles: Roles, function: Activation, gate_first:
         with evaluating(module):
             y = module(x)
             g, u = _gate_and_up(module, roles, gate_first, x)
-            expected = module.get_submodule(roles[2])(function.forward(g) * u)
+            expected = module.get_submodule(roles[2])(f(g) * u)
     except Exception:  # any failure of a stranger's forward means: not a gated MLP
         return False
     return isinstance(y, Tensor) and torch.equal(y, expected)

@@ -32,13 +32,22 @@ def backward(compute: Callable[..., Gradients]) -> Any:
     """Decorates an op's backward.
 
     Once differentiable: the gradient is an estimate made of constants, and differentiating
-    it again would silently ignore how it depends on the input. Autocast off: a backward
-    called inside an autocast region would otherwise change the dtypes chosen in forward.
+    it again would silently ignore how it depends on the input. torch's own decorator notices
+    only where the incoming gradient asks for it, so asking for a graph at all is refused.
+    Autocast off: a backward called inside an autocast region would otherwise change the
+    dtypes chosen in forward.
     """
+    once = once_differentiable(compute)
 
     @functools.wraps(compute)
     def run(ctx: Any, dy: Tensor) -> Gradients:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True through a layer compressed by prac: its gradients are estimates and cannot be "
+                "differentiated twice. Exclude the layers this goes through, or call handle.restore() before it."
+            )
         with torch.autocast(dy.device.type, enabled=False):
-            return compute(ctx, dy)
+            gradients: Gradients = once(ctx, dy)
+            return gradients
 
-    return staticmethod(once_differentiable(run))
+    return staticmethod(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,15 @@ from prac.ops.elementwise import Activation
 from prac.ops.function import Gradients, apply, backward
 
 
-def glu(g: Tensor, u: Tensor, function: Activation, keep_g: Estimator, keep_u: Estimator) -> Tensor:
+def glu(
+    g: Tensor,
+    u: Tensor,
+    function: Activation,
+    keep_g: Estimator,
+    keep_u: Estimator,
+    *,
+    compute: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """``function(g) * u`` that keeps compressed ``g`` and ``u``, and not ``function(g)``.
 
     ``du = f(g̃) · dy`` and ``dg = f'(g̃) · (dy · ũ)``. The output is exact. The gradients are
@@ -25,20 +34,29 @@ def glu(g: Tensor, u: Tensor, function: Activation, keep_g: Estimator, keep_u: E
         function: one of :data:`prac.ops.ACTIVATIONS`.
         keep_g: keeps ``g``.
         keep_u: keeps ``u``.
+        compute: how to compute ``function(g)`` in the output, as in :func:`prac.ops.activation`.
     """
-    return apply(_GLU, g, u, function, keep_g, keep_u)
+    return apply(_GLU, g, u, function, keep_g, keep_u, compute or function.forward)
 
 
 class _GLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, g: Tensor, u: Tensor, function: Activation, keep_g: Estimator, keep_u: Estimator) -> Tensor:
+    def forward(
+        ctx: Any,
+        g: Tensor,
+        u: Tensor,
+        function: Activation,
+        keep_g: Estimator,
+        keep_u: Estimator,
+        compute: Callable[[Tensor], Tensor],
+    ) -> Tensor:
         kept_g = keep_g.keep(g)  # both gradients need it
         kept_u = keep_u.keep(u) if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(*kept_g.tensors, *(kept_u.tensors if kept_u else ()))
         ctx.split = len(kept_g.tensors)
         ctx.bases = (kept_g.basis, kept_u.basis if kept_u else None)
         ctx.estimators, ctx.function, ctx.shape = (keep_g, keep_u), function, g.shape
-        return function.forward(g) * u
+        return compute(g) * u
 
     @backward
     def backward(ctx: Any, dy: Tensor) -> Gradients:
@@ -50,4 +68,4 @@ class _GLU(torch.autograd.Function):
             dg = ctx.function.backward((dy * u).to(g.dtype), g)
         if ctx.needs_input_grad[1]:
             du = ctx.function.forward(g) * dy
-        return dg, du, None, None, None
+        return dg, du, None, None, None, None
