@@ -72,7 +72,8 @@ class Handle:
             return Row(name, module, layer.kind, "as its input", None, None, "width known after the first step")
         rank = f"{subspaces[0].r1}+{subspaces[0].r2} of {subspaces[0].width}"
         if subspaces[0] in described:
-            return Row(name, module, layer.kind, rank, 0, 0, f"shares the Z of {subspaces[0].name}")
+            block = name.rpartition(".")[0] + "."
+            return Row(name, module, layer.kind, rank, 0, 0, f"shares the Z of {subspaces[0].name.removeprefix(block)}")
         described.update(subspaces)
         dtype = weight.dtype if weight is not None else next(self.model.parameters()).dtype
         statistics = layer.statistics * torch.promote_types(dtype, torch.float32).itemsize

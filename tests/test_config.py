@@ -1,0 +1,73 @@
+"""Ranks and policies: what is accepted, what is refused and how."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from prac import PRESETS, Config, Rank
+from prac.config import as_config
+
+
+@pytest.mark.parametrize(
+    ("rank", "width", "expected"),
+    [
+        (Rank(0.3, 0.3), 768, (230, 230)),
+        (Rank(0.29, 0.0), 100, (29, 0)),
+        (Rank(2, 2), 768, (2, 2)),
+        (Rank(1.0, 0.0), 7, (7, 0)),
+        (Rank(0, 0.6), 10, (0, 6)),
+        (Rank(0.5, 0.5), 7, (3, 3)),
+    ],
+)
+def test_resolve(rank: Rank, width: int, expected: tuple[int, int]) -> None:
+    assert rank.resolve(width) == expected
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "word"),
+    [
+        (dict(r1=0, r2=0), "rank 0"),
+        (dict(r1=-1), "not be negative|not negative"),
+        (dict(r1=1.5), "fraction of the width"),
+        (dict(r1=float("nan")), "finite"),
+        (dict(r1="0.3"), "fraction .* or a count"),
+        (dict(r1=True), "fraction .* or a count"),
+        (dict(k=0.0), "k must be"),
+    ],
+)
+def test_rank_refuses(kwargs: dict, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        Rank(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("rank", "width", "word"),
+    [
+        (Rank(65, 0), 64, "layer: r1 \\+ r2 = 65 \\+ 0 = 65 exceeds the width 64"),
+        (Rank(40, 40), 64, "exceeds the width 64. Lower the rank, or exclude"),
+        (Rank(0.1, 0.1), 3, "0 directions. Raise the rank"),
+    ],
+)
+def test_resolve_refuses(rank: Rank, width: int, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        rank.resolve(width, "layer")
+
+
+@pytest.mark.parametrize("field", ["T1", "T2", "min_width"])
+@pytest.mark.parametrize("value", [0, -5, 1.5, True])
+def test_config_refuses(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{field} must be a whole number of at least 1"):
+        Config(**{field: value})
+
+
+def test_unknown_preset_lists_the_known() -> None:
+    with pytest.raises(ValueError, match="unknown preset 'papr'; choose one of paper, pac"):
+        as_config("papr")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_config_survives_json(name: str) -> None:
+    config = PRESETS[name].replace(T1=7, seed=3)
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
