@@ -10,9 +10,9 @@ import torch
 from helpers import Steps, activations, subspace
 from torch import nn
 
-import prac.subspace as module
+import prac.bases as module
+from prac.bases import gram_matrix, principal_basis, random_complement
 from prac.clock import Clock
-from prac.subspace import gram_matrix, principal_basis, random_complement
 
 
 def captured(x: torch.Tensor, q: torch.Tensor) -> float:
@@ -82,6 +82,15 @@ def test_q2_stays_orthogonal_to_q1_when_intervals_differ(T1: int, T2: int) -> No
             assert torch.equal(q1, before[0]) == (t % T1 != 0)
             assert torch.equal(q2, before[1]) == (t % T1 != 0 and t % T2 != 0)
         before = (q1.clone(), q2.clone())
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
+def test_basis_in_half_precision_is_orthonormal_to_its_rounding(dtype: torch.dtype, rounding: float) -> None:
+    s = subspace(40, 24)  # all 64 directions: P Pᵀ would be the identity
+    s.keep(activations(200, 64, tail=1.0, dtype=dtype))
+    assert s.p_NR.dtype == dtype
+    p = s.p_NR.double()
+    assert (p @ p.T - torch.eye(64)).norm() / 8 < rounding
 
 
 def test_k_is_that_of_theorem_6_and_can_be_scaled() -> None:
