@@ -62,6 +62,12 @@ def test_config_refuses(field: str, value: object) -> None:
         Config(**{field: value})
 
 
+@pytest.mark.parametrize("growth", [-0.1, float("nan"), float("inf")])
+def test_growth_refuses(growth: float) -> None:
+    with pytest.raises(ValueError, match="growth must be finite"):
+        Config(growth=growth)
+
+
 def test_unknown_preset_lists_the_known() -> None:
     with pytest.raises(ValueError, match="unknown preset 'papr'; choose one of paper, pac"):
         as_config("papr")

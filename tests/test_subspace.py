@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import Steps, activations, subspace
+from helpers import Steps, activations, pairs, subspace
 from torch import nn
 
 import prac.bases as module
@@ -107,6 +107,23 @@ def test_a_refresh_missed_is_made_up_for() -> None:
         clock.step = t
         s.keep(activations(20, 9, seed=t))
         assert s.refreshes == refreshes
+
+
+def test_intervals_that_grow() -> None:
+    """Each at most 10% of the steps before it, until T takes over."""
+    clock = Steps()
+    s = subspace(2, 2, T1=40, T2=40, growth=0.1, clock=clock)
+    at, seen = [], 0
+    for t in range(700):
+        clock.step = t
+        s.update(activations(20, 9, seed=t % 7))
+        if s.refreshes > seen:
+            at.append(t)
+            seen = s.refreshes
+    assert at[:13] == [*range(12), 12]
+    assert all(b - a <= max(1, 0.1 * a) for a, b in pairs(at))
+    assert at[-6:] == [480, 520, 560, 600, 640, 680]
+    assert len(at) == 67  # 17 with fixed intervals
 
 
 def test_the_same_seed_and_name_draw_the_same_and_others_do_not() -> None:

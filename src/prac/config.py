@@ -92,6 +92,10 @@ class Config:
         T1: optimizer steps between refreshes of the principal basis Q1.
         T2: optimizer steps between refreshes of the random basis Q2. Q2 is also redrawn
             whenever Q1 changes, or it would no longer be orthogonal to it.
+        growth: if above 0, no interval is longer than this share of the steps taken before it:
+            0.1 refreshes at steps 0 to 11, then 12, 13, 14, …, 30, 33, 36, …, until T1 and T2
+            are reached. Early in training activations turn quickly, and a stale basis for a
+            norm does harm (see ``docs/algorithm.md``). The paper has 0: fixed intervals.
         seed: seed of the random bases. Each subspace draws from its own generator, so
             the user's random state is never touched.
         min_width: layers with narrower inputs are left alone: there P would cost more
@@ -103,6 +107,7 @@ class Config:
     activation: Rank | None = Rank(0.2, 0.2)
     T1: int = 500
     T2: int = 500
+    growth: float = 0.0
     seed: int = 0
     min_width: int = 32
 
@@ -111,6 +116,8 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        if not (math.isfinite(self.growth) and self.growth >= 0):
+            raise ValueError(f"growth must be finite and not negative (0 for fixed intervals), got {self.growth!r}.")
 
     def rank(self, kind: Kind) -> Rank | None:
         """The rank for one kind of layer, or None where that kind is left alone."""

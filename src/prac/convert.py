@@ -118,6 +118,7 @@ def compress(
                 width=known_width or structure.width.get(name),
                 T1=config.T1,
                 T2=config.T2,
+                growth=config.growth,
                 name=name if tensor == "x" else f"{name}:{tensor}",
                 seed=config.seed,
             )

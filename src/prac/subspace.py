@@ -52,6 +52,7 @@ class Subspace:
         T2: optimizer steps between updates of Q2. Where they differ, Q2 is redrawn also at
             every update of Q1: Algorithm 1 as printed would keep a Q2 that is no longer
             orthogonal to the new Q1, and the estimate would be biased.
+        growth: if above 0, no interval is longer than this share of the steps before it.
         name: of the layer, for messages and for the seed.
         seed: with the name, the number of draws so far and the distributed rank, this
             seeds each draw, so that runs repeat and resume exactly, while the noise of
@@ -69,12 +70,13 @@ class Subspace:
         width: int | None = None,
         T1: int = 500,
         T2: int = 500,
+        growth: float = 0.0,
         name: str = "",
         seed: int = 0,
     ) -> None:
         if T1 < 1 or T2 < 1:
             raise ValueError(f"{name}: refresh intervals must be at least 1, got T1 = {T1}, T2 = {T2}.")
-        self.rank, self.T1, self.T2 = rank, T1, T2
+        self.rank, self.T1, self.T2, self.growth = rank, T1, T2, growth
         self.clock, self.name, self.seed = clock, name, seed
         self.p_NR: Tensor | None = None
         self.refreshes = 0
@@ -102,7 +104,7 @@ class Subspace:
     def update(self, x_MN: Tensor) -> None:
         """Lines 2 to 14 of Algorithm 1: refresh what is due at the clock's step t.
 
-        "t mod T = 0" is read as "a new period of T steps has begun since the last update",
+        "t mod T = 0" is read as "a multiple of T has been reached since the last update",
         so that a layer which was not run at that very step, or met a bad batch there,
         catches up at its next chance.
 
@@ -112,8 +114,8 @@ class Subspace:
         """
         self._fit(x_MN.shape[1])
         t = self.clock.step
-        due_q1 = self.p_NR is None or t // self.T1 != self._q1_step // self.T1
-        due_q2 = due_q1 or t // self.T2 != self._q2_step // self.T2
+        due_q1 = self.p_NR is None or t >= self._next(self._q1_step, self.T1)
+        due_q2 = due_q1 or t >= self._next(self._q2_step, self.T2)
         if not due_q2:
             return
         with torch.autocast(x_MN.device.type, enabled=False):
@@ -126,6 +128,11 @@ class Subspace:
             self.p_NR = torch.cat([q1_NR, math.sqrt(self.k) * q2_NR], dim=1)
         self._q1_step, self._q2_step = (t if due_q1 else self._q1_step), t
         self.refreshes += 1
+
+    def _next(self, last: int, interval: int) -> int:
+        """The step at which a basis updated at step ``last`` is due again."""
+        regular = (last // interval + 1) * interval
+        return min(regular, last + max(1, int(self.growth * last))) if self.growth else regular
 
     def _q1(self, x_MN: Tensor) -> Tensor:
         assert self.p_NR is not None
