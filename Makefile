@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 
 ## train: train a small LLaMA on English with and without PRAC, and compare
 train: $(READY)
-	$(BIN)/prac train --method plain paper --out runs/demo
+	$(BIN)/prac train --method plain paper --out runs/demo --overwrite
 
 ## test: everything that decides whether a change is right
 test: $(READY)

@@ -1,0 +1,211 @@
+"""What happens between the steps of a ``Trainer``: metrics, a progress bar, the handle's state, spectra."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from prac.lab import files, measure, results
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from prac.handle import Handle
+
+HANDLE_FILE = "prac.pt"
+
+
+class Metrics(TrainerCallback):
+    """One JSON line per logged step: step, loss, lr, tokens, tokens_per_s, elapsed; and step, val_loss.
+
+    ``elapsed`` counts seconds of training (data, forward, backward, optimizer) and leaves out validation and
+    checkpoints. After a resume it goes on where the checkpoint's line left it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.elapsed = 0.0
+        self.tokens = 0
+        self._since: float | None = None
+        self._stream: TextIO | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Keep the lines up to the step that training starts from."""
+        lines = [line for line in results.read_lines(self.path) if line["step"] <= state.global_step]
+        trained = [line for line in lines if "elapsed" in line]
+        self.elapsed = trained[-1]["elapsed"] if trained else 0.0
+        self.tokens = int(state.num_input_tokens_seen)
+        if state.is_world_process_zero:
+            files.write(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+            self._stream = self.path.open("a")
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock, if something other than training stopped it."""
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Log before every validation and checkpoint, so that the clock does not count them."""
+        if control.should_evaluate or control.should_save:
+            control.should_log = True
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        """Write a line for the training loss."""
+        if "loss" not in logs or self._since is None:
+            return
+        now = time.perf_counter()  # the loss has just been read from the device: nothing is in flight
+        seconds, self._since = now - self._since, now
+        self.elapsed += seconds
+        tokens, self.tokens = int(state.num_input_tokens_seen) - self.tokens, int(state.num_input_tokens_seen)
+        self._write(
+            step=state.global_step,
+            loss=logs["loss"],
+            lr=logs["learning_rate"],
+            tokens=self.tokens,
+            tokens_per_s=tokens / seconds,
+            elapsed=self.elapsed,
+        )
+        if not math.isfinite(logs["loss"]):
+            raise RuntimeError(f"the loss is {logs['loss']} at step {state.global_step}: lower --lr or raise the rank.")
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, Any], **_: Any
+    ) -> None:
+        """Write a line for the validation loss."""
+        self._since = None
+        self._write(step=state.global_step, val_loss=metrics["eval_loss"])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Stop the clock."""
+        self._since = None
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Close the file."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _write(self, **line: float) -> None:
+        if self._stream is not None:
+            self._stream.write(json.dumps(line) + "\n")
+            self._stream.flush()
+
+
+class Progress(TrainerCallback):
+    """A progress bar with the training loss (smoothed) and the last validation loss."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.shown: dict[str, str] = {}
+        self._loss: float | None = None
+        self._bar: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Open the bar at the step that training starts from."""
+        if state.is_world_process_zero:
+            every = 0.2 if sys.stderr.isatty() else 30
+            self._bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", mininterval=every
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        """Show the losses."""
+        if "loss" in logs:
+            self._loss = logs["loss"] if self._loss is None else 0.9 * self._loss + 0.1 * logs["loss"]
+            self.shown["loss"] = f"{self._loss:.3f}"
+        if "eval_loss" in logs:
+            self.shown["val"] = f"{logs['eval_loss']:.3f}"
+        if self._bar is not None:
+            self._bar.set_postfix(self.shown, refresh=False)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class SaveHandle(TrainerCallback):
+    """Adds the compression state to each checkpoint. It is written last, so it also marks a whole checkpoint."""
+
+    def __init__(self, handle: Handle | None) -> None:
+        self.handle = handle
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write ``prac.pt`` (one per process, since each compresses its own tokens)."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        save_handle(self.handle, folder / handle_file(args.process_index))
+
+
+class Spectra(TrainerCallback):
+    """Takes the spectrum of one layer's input at 10% of the steps and at the end; writes ``spectrum.json``."""
+
+    def __init__(self, path: Path, layer: str, batch: dict[str, Tensor]) -> None:
+        self.path = path
+        self.layer = layer
+        self.batch = batch
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Forget spectra taken after the step that training starts from."""
+        if state.is_world_process_zero:
+            files.write_json(self.path, [row for row in self._read() if row["step"] <= state.global_step])
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **_: Any
+    ) -> None:
+        """Take it, when it is time; the log of this step is made first, so that the clock leaves it out."""
+        if state.global_step == max(1, round(0.1 * state.max_steps)):
+            control.should_evaluate = control.should_log = True
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **_: Any
+    ) -> None:
+        """Take the spectrum while the clock stands still."""
+        if state.global_step in (max(1, round(0.1 * state.max_steps)), state.max_steps):
+            batch = {name: tensor.to(args.device) for name, tensor in self.batch.items()}
+            row = {"step": state.global_step} | measure.spectrum(model, self.layer, batch)
+            if state.is_world_process_zero:
+                rows = [old for old in self._read() if old["step"] != state.global_step]
+                files.write_json(self.path, [*rows, row])
+
+    def _read(self) -> Any:
+        return results.read(self.path) if self.path.exists() else []
+
+
+def handle_file(process: int) -> str:
+    """The file name of one process's compression state."""
+    return HANDLE_FILE if process == 0 else f"prac-{process}.pt"
+
+
+def save_handle(handle: Handle | None, path: Path) -> None:
+    """Write the state of a handle (``None`` for plain) whole or not at all."""
+    import io
+
+    buffer = io.BytesIO()
+    torch.save({"handle": None if handle is None else handle.state_dict()}, buffer)
+    files.write(path, buffer.getvalue())
+
+
+def load_handle(handle: Handle | None, path: Path) -> None:
+    """The inverse of :func:`save_handle`."""
+    state = torch.load(path, weights_only=True)["handle"]
+    if handle is not None:
+        handle.load_state_dict(state)

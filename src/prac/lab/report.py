@@ -1,0 +1,110 @@
+"""A run, or several side by side, as one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from prac.lab import files, plots, results, table
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What the figures need of one run folder, and its row."""
+    result = results.read(folder / "result.json")
+    row = result["rows"][0]
+    spectra = folder / "spectrum.json"
+    return {
+        "method": row["method"],
+        "seed": row["seed"],
+        "row": row,
+        "options": result["options"],
+        "summary": result["summary"],
+        "versions": result["versions"],
+        "kept": result["kept_by_layer"],
+        "metrics": results.read_lines(folder / "metrics.jsonl"),
+        "spectra": results.read(spectra) if spectra.exists() else [],
+    }
+
+
+def headlines(rows: list[results.Row]) -> list[dict[str, Any]]:
+    """What each method saved and what it cost against plain; without plain, what it measured."""
+    grouped = results.by_method(rows)
+    plain = grouped.pop("plain", None)
+    if plain is None or not grouped:
+        runs = next(iter(grouped.values()), plain or [])
+        facts = [
+            (f"{results.mean(runs, 'val_loss'):.3f}", "validation loss"),
+            (table.size(results.mean(runs, "kept_bytes")), "kept for backward"),
+            (table.size(results.mean(runs, "peak_bytes")), "peak memory"),
+            (f"{results.mean(runs, 'tokens_per_s'):,.0f}", "tokens per second"),
+        ]
+        return [{"method": runs[0]["method"], "facts": facts}]
+    found = []
+    for method, runs in grouped.items():
+        ratio = {
+            key: results.mean(runs, key) / results.mean(plain, key)
+            for key in ("kept_bytes", "peak_bytes", "val_ppl", "tokens_per_s")
+        }
+        change = results.mean(runs, "val_loss") - results.mean(plain, "val_loss")
+        facts = [
+            (f"{1 / ratio['kept_bytes']:.2f}×", "less kept for backward"),
+            (f"{ratio['peak_bytes'] - 1:+.0%}", "peak memory"),
+            (f"{change:+.3f}", f"validation loss ({ratio['val_ppl'] - 1:+.1%} perplexity)"),
+            (f"{ratio['tokens_per_s']:.2f}×", "the speed of plain"),
+        ]
+        found.append({"method": method, "facts": [(number.replace("-", "−"), what) for number, what in facts]})
+    return found
+
+
+def render(folders: Sequence[Path], argv: Sequence[str]) -> str:
+    """The page for one or more complete run folders; ``argv`` is the command that made them."""
+    runs = [read_run(folder) for folder in folders]
+    rows = [run["row"] for run in runs]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("prac.lab", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    first = {run["method"]: run for run in reversed(runs)}
+    common, own = _options(runs)
+    return environment.get_template("report.html.j2").render(
+        rows=rows,
+        headlines=headlines(rows),
+        colours=plots.COLOURS,
+        headings=table.HEADINGS,
+        lines=table.cells(rows),
+        reference=table.reference(rows),
+        losses=plots.losses(runs, rows[0]["unigram_entropy"]),
+        kept=plots.kept(runs),
+        spectra=plots.spectra(runs) if all(run["spectra"] for run in runs) else None,
+        summaries={method: first[method]["summary"] for method in first if first[method]["summary"]},
+        common=common,
+        own=own,
+        versions=runs[0]["versions"],
+        command=shlex.join(["prac", *argv]),
+    )
+
+
+def write(folders: Sequence[Path], argv: Sequence[str], path: Path) -> None:
+    """Write the page for ``folders`` to ``path``."""
+    files.write(path, render(folders, argv))
+
+
+def _options(runs: list[dict[str, Any]]) -> tuple[dict[str, str], dict[str, str]]:
+    """Options that all runs share, and the config of each method."""
+    shared = dict(runs[0]["options"])
+    for name in ("method", "seed", "config"):
+        shared.pop(name)
+    shared["seed"] = sorted({run["seed"] for run in runs})
+    common = {name: _text(value) for name, value in shared.items() if value is not None}
+    own = {run["method"]: _text(run["options"]["config"]) for run in runs if run["options"]["config"] is not None}
+    return common, own
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(str(part) for part in value)
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,70 @@
+"""The JSON contract of every command, and how rows are summed up over seeds."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from prac.lab import files
+
+Row = dict[str, Any]
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that results depend on; a missing one is ``none``."""
+    found = {"python": platform.python_version()}
+    packages = {name: name for name in ("torch", "transformers", "accelerate", "datasets")} | {"prac": "prac-torch"}
+    for name, package in packages.items():
+        try:
+            found[name] = version(package)
+        except PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def document(command: str, rows: list[Row]) -> dict[str, Any]:
+    """``{"command", "versions", "rows"}``: what ``--json`` writes, for every command."""
+    return {"command": command, "versions": versions(), "rows": rows}
+
+
+def write(path: Path, command: str, rows: list[Row]) -> None:
+    """Write :func:`document` to ``path``, whole or not at all."""
+    files.write_json(path, document(command, rows))
+
+
+def read(path: Path) -> Any:
+    """Plain data of a JSON file."""
+    return json.loads(path.read_text())
+
+
+def read_lines(path: Path) -> list[Row]:
+    """The rows of a JSON-lines file; a last line cut short by a crash is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def by_method(rows: list[Row]) -> dict[str, list[Row]]:
+    """Rows grouped by method, in the order in which the methods first appear."""
+    grouped: dict[str, list[Row]] = {}
+    for row in rows:
+        grouped.setdefault(row["method"], []).append(row)
+    return grouped
+
+
+def mean(rows: list[Row], key: str) -> float:
+    """The mean of one column."""
+    return statistics.fmean(row[key] for row in rows)
+
+
+def spread(rows: list[Row], key: str) -> float | None:
+    """The sample standard deviation of one column; ``None`` for a single row."""
+    return statistics.stdev(row[key] for row in rows) if len(rows) > 1 else None

@@ -1,0 +1,76 @@
+"""The table of methods side by side, as text cells for the terminal and the report alike."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from prac.lab.results import Row, by_method, mean, spread
+
+HEADINGS = ("method", "val loss", "perplexity", "kept for backward", "less kept", "peak memory", "tokens/s", "speed")
+SHORT = ("method", "val loss", "ppl", "kept", "less", "peak", "tokens/s", "speed")
+
+
+def cells(rows: list[Row]) -> list[tuple[str, ...]]:
+    """One line per method under :data:`HEADINGS`, means over its seeds; ± is their standard deviation."""
+    grouped = by_method(rows)
+    plain = grouped.get("plain")
+    lines: list[tuple[str, ...]] = []
+    for method, runs in grouped.items():
+        deviation = spread(runs, "val_loss")
+        less = f"{mean(plain, 'kept_bytes') / mean(runs, 'kept_bytes'):.2f}×" if plain else "–"
+        speed = f"{mean(runs, 'tokens_per_s') / mean(plain, 'tokens_per_s'):.2f}×" if plain else "–"
+        lines.append(
+            (
+                method,
+                f"{mean(runs, 'val_loss'):.3f}" + ("" if deviation is None else f" ± {deviation:.3f}"),
+                f"{mean(runs, 'val_ppl'):.1f}",
+                size(mean(runs, "kept_bytes")),
+                less,
+                size(mean(runs, "peak_bytes")),
+                f"{mean(runs, 'tokens_per_s'):,.0f}",
+                speed,
+            )
+        )
+    return lines
+
+
+def render(rows: list[Row], title: str) -> Table:
+    """The same as a ``rich`` table, with the entropy of the validation tokens as its reference."""
+    table = Table(
+        title=title,
+        caption=reference(rows),
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        title_justify="left",
+        caption_justify="left",
+    )
+    for index, heading in enumerate(SHORT):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+    for line in cells(rows):
+        table.add_row(*line)
+    return table
+
+
+def reference(rows: list[Row]) -> str:
+    """What the numbers are to be read against."""
+    entropy = rows[0]["unigram_entropy"]
+    seeds = len({row["seed"] for row in rows})
+    mean_of = f"Means over {seeds} seeds, ± standard deviation. " if seeds > 1 else ""
+    return (
+        f"{mean_of}Kept: for backward, of one micro-batch of {rows[0]['kept_tokens']:,} tokens. "
+        f"Without context a model reaches a loss of {entropy:.3f} at best (unigram entropy)."
+    )
+
+
+def size(count: float) -> str:
+    """Bytes for people.
+
+    >>> size(3 * 2**20)
+    '3.0 MiB'
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

@@ -1,0 +1,264 @@
+"""One training run: one method, one seed, on the Hugging Face ``Trainer``."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+
+import prac
+from prac.lab import data, files, measure, models, results, tokens
+from prac.lab.callbacks import Metrics, Progress, SaveHandle, Spectra, handle_file, load_handle
+from prac.lab.options import Options, differences
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What may differ between a run and its resumption.
+FREE = ("eval_every", "eval_blocks", "save_every")
+OWNED = ("config.json", "metrics.jsonl", "spectrum.json", "result.json", "tensorboard", "report.html")
+
+
+def prepare(options: Options) -> tuple[Any, tokens.Blocks]:
+    """The tokenizer and the packed data; the work is done once and cached."""
+    _quiet()
+    models.check(options.model)
+    cache = files.cache_folder()
+    corpus = data.load(options.data, options.split, options.text_column, options.max_tokens)
+    tokenizer = tokens.load_tokenizer(options.tokenizer, corpus, cache)
+    blocks = tokens.load_blocks(corpus, tokenizer, options.seq_len, options.max_tokens, cache)
+    needed = options.batch_size * options.grad_accum
+    if len(blocks.train) < needed:
+        raise ValueError(
+            f"{options.data} gives {len(blocks.train)} training blocks of {options.seq_len} tokens, one step takes "
+            f"{needed}: lower --batch-size, --grad-accum or --seq-len, or give more text."
+        )
+    return tokenizer, blocks
+
+
+def run(options: Options, out: Path, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> results.Row:
+    """Train, validate, measure; leave everything in ``out`` and return the result row.
+
+    Args:
+        options: what to run.
+        out: the run folder. It must not hold a run yet, unless ``resume``.
+        resume: go on from the newest whole checkpoint in ``out``, if there is one.
+        callbacks: further ``Trainer`` callbacks.
+
+    Raises:
+        ValueError: for options that do not fit each other, the data or the run to resume.
+    """
+    if resume and (done := finished(options, out)):
+        return done
+    if not resume:
+        check_free(out)
+    started = time.perf_counter()
+    checkpoint = newest_checkpoint(out)
+    tokenizer, blocks = prepare(options)
+    arguments = _arguments(options, out)
+    if arguments.process_index == 0:
+        _open(out, options)
+
+    set_seed(options.seed)
+    model = models.build(options.model, tokenizer, options.seq_len)
+    handle = None
+    if options.config is not None:
+        handle = prac.compress(model, options.config, include=options.include, exclude=options.exclude)
+    if checkpoint is not None:
+        load_handle(handle, checkpoint / handle_file(arguments.process_index))
+
+    spectra_batch = collate([blocks.validation[i] for i in range(min(len(blocks.validation), 4 * options.batch_size))])
+    metrics = Metrics(out / "metrics.jsonl")
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=blocks.train,
+        eval_dataset=_sample(blocks.validation, options.eval_blocks),
+        data_collator=collate,
+        processing_class=tokenizer,
+        callbacks=[
+            metrics,
+            Progress(f"{options.method} seed {options.seed}"),
+            SaveHandle(handle),
+            Spectra(out / "spectrum.json", measure.middle_linear(model), spectra_batch),
+            *(_tensorboard(out, checkpoint) if arguments.process_index == 0 else ()),
+            *callbacks,
+        ],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    gc.collect()
+    measure.reset_peak()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    peak = {"peak_process_bytes": measure.peak_process_bytes()}
+    if torch.cuda.is_available():
+        peak["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
+
+    trainer.remove_callback(TensorBoardCallback)  # it would open a folder of its own
+    val_loss = trainer.evaluate(blocks.validation)["eval_loss"]
+    batch = {name: tensor.to(arguments.device) for name, tensor in next(iter(trainer.get_train_dataloader())).items()}
+    row = {
+        "method": options.method,
+        "seed": options.seed,
+        "model": options.model,
+        "data": options.data,
+        "tokenizer": options.tokenizer,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": trainer.state.global_step,
+        "tokens": int(trainer.state.num_input_tokens_seen),
+        "val_loss": val_loss,
+        "val_ppl": measure.perplexity(val_loss),
+        "val_tokens": len(blocks.validation) * options.seq_len,
+        "unigram_entropy": blocks.unigram_entropy,
+        "peak_bytes": peak.get("peak_cuda_bytes", peak["peak_process_bytes"]),
+        **peak,
+        "tokens_per_s": trainer.state.num_input_tokens_seen / metrics.elapsed,
+        "train_s": metrics.elapsed,
+        "wall_s": time.perf_counter() - started,
+        "device": str(arguments.device),
+        "processes": arguments.world_size,
+        "threads": torch.get_num_threads(),
+        "out": str(out),
+    }
+    kept = measure.kept_by_layer(model, batch)
+    row["kept_bytes"] = sum(layer["bytes"] for layer in kept)
+    row["kept_tokens"] = batch["input_ids"].numel()
+    details: dict[str, Any] = {"kept_by_layer": kept, "summary": None, "reconstruction_error": None}
+    if handle is not None:
+        details |= {"summary": handle.summary(), "reconstruction_error": handle.reconstruction_error(batch)}
+    if trainer.is_world_process_zero():
+        result = results.document("train", [row])
+        files.write_json(out / "result.json", result | {"options": options.to_dict()} | details)
+    return row
+
+
+def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch of blocks: ``input_ids`` and ``labels``, both batch × seq_len; the model shifts the labels itself."""
+    ids = torch.stack([row["input_ids"] for row in rows])
+    return {"input_ids": ids, "labels": ids}
+
+
+def finished(options: Options, out: Path) -> results.Row | None:
+    """The row of a run that is complete in ``out``; ``None`` if there is none.
+
+    Raises:
+        ValueError: if the run there, complete or not, is of other options.
+    """
+    complete = (out / "result.json").exists()
+    if complete or newest_checkpoint(out) is not None:
+        _check_same(options, out)
+    if not complete:
+        return None
+    row: results.Row = results.read(out / "result.json")["rows"][0]
+    return row
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """The newest checkpoint that was written whole: ``prac.pt`` comes last."""
+    found = [path for path in out.glob("checkpoint-*") if (path / handle_file(0)).exists()]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def clear(out: Path) -> None:
+    """Delete what a run left in ``out``, and nothing else."""
+    for path in [*(out / name for name in OWNED), *out.glob("checkpoint-*")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def check_free(out: Path) -> None:
+    """Refuse to run over another run.
+
+    Raises:
+        ValueError: if ``out`` holds results or checkpoints.
+    """
+    if (out / "result.json").exists() or newest_checkpoint(out) is not None:
+        raise ValueError(f"{out} already holds a run: choose another --out, or give --resume or --overwrite.")
+
+
+def _open(out: Path, options: Options) -> None:
+    """Write down what is going to run, where nothing but the traces of a failed start may lie."""
+    if newest_checkpoint(out) is None:
+        check_free(out)
+        clear(out)
+    files.write_json(out / "config.json", {"options": options.to_dict(), "versions": results.versions()})
+
+
+def _check_same(options: Options, out: Path) -> None:
+    old = results.read(out / "config.json")["options"]
+    if changed := differences(old, options.to_dict(), ignore=FREE):
+        raise ValueError(f"cannot resume {out}, it was run with other options ({'; '.join(changed)}).")
+
+
+def _arguments(options: Options, out: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(out),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.grad_accum,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        learning_rate=options.lr,
+        weight_decay=options.weight_decay,
+        optim="adamw_torch",
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=options.warmup_steps,
+        bf16=options.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # else it refuses bf16
+        seed=options.seed,
+        data_seed=options.seed,
+        eval_strategy="steps" if options.eval_every else "no",
+        eval_steps=options.eval_every or None,
+        prediction_loss_only=True,
+        # Without --save-every there is just the checkpoint that the Trainer makes after the last step.
+        save_strategy="steps",
+        save_steps=options.save_every or options.steps,
+        # Two, since the older one goes before the newer one is whole.
+        save_total_limit=2,
+        logging_steps=max(1, options.steps // 1000),
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="all",
+        disable_tqdm=True,
+        report_to="none",
+    )
+
+
+def _sample(blocks: Any, count: int) -> Any:
+    """At most ``count`` blocks, evenly spaced."""
+    count = min(count, len(blocks))
+    return blocks.select([index * len(blocks) // count for index in range(count)])
+
+
+def _tensorboard(out: Path, checkpoint: Path | None) -> list[TrainerCallback]:
+    if find_spec("tensorboard") is None:
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+
+    step = None if checkpoint is None else int(checkpoint.name.rpartition("-")[2]) + 1
+    return [TensorBoardCallback(SummaryWriter(str(out / "tensorboard"), purge_step=step))]
+
+
+def _quiet() -> None:
+    """No chatter of the libraries below: the progress bar and the table say what there is to say."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)

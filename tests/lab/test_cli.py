@@ -1,0 +1,141 @@
+"""The command as a user meets it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from prac.cli import main
+from prac.config import PRESETS, Rank
+from prac.lab import command, models, results
+
+
+@pytest.fixture
+def error(capsys):
+    """Runs a command that must fail; returns its one line."""
+
+    def run(*argv):
+        try:
+            code = main(["train", *argv])
+        except SystemExit as exit:
+            code = exit.code
+        out, err = capsys.readouterr()
+        assert code == 2
+        assert "Traceback" not in err
+        assert err.count("\n") == 1
+        assert err.startswith("prac: error: ")
+        assert out == ""
+        return err
+
+    return run
+
+
+def test_bad_input_is_one_line(error, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    out = ("--out", str(tmp_path / "run"))
+    assert "unknown model 'llama-7t': choose llama-tiny" in error("--model", "llama-7t", *out)
+    assert "invalid choice: 'papier'" in error("--method", "papier", *out)
+    assert "no file or folder missing.txt" in error("--data", "missing.txt", *out)
+    assert "holds no text" in error("--data", str(empty), *out)
+    assert "must be at most 1" in error("--linear", "1.5,0.2", *out)
+    assert "not R1,R2 or R1,R2,K or none" in error("--linear", "lots", *out)
+    assert "T1 must be a whole number" in error("--T1", "0", *out)
+    assert "unrecognized arguments: --stepz" in error("--stepz", "3", *out)
+    assert "steps must be at least 1" in error("--steps", "0", *out)
+
+
+def test_a_rank_beyond_the_width_is_one_line(error, tmp_path, corpus_file):
+    line = error(
+        "--linear", "200,100", "--data", str(corpus_file), "--tokenizer", "bpe:300", "--out", str(tmp_path / "run"),
+        "--steps", "1", "--batch-size", "8", "--seq-len", "32",
+    )  # fmt: skip
+    assert f"exceeds the width {models.SIZES['llama-tiny'].hidden}" in line
+
+
+def test_debug_shows_the_traceback(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("PRAC_DEBUG", "1")
+    assert main(["train", "--data", "missing.txt", "--out", str(tmp_path)]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_missing_extra_says_what_to_install(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert main(["train", "--out", str(tmp_path)]) == 2
+    assert "pip install 'prac-torch[lab]'" in capsys.readouterr().err
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from prac.cli import parser; parser(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert {"transformers", "datasets", "matplotlib", "rich", "jinja2"}.isdisjoint(loaded)
+
+
+def parse(*argv):
+    from prac.cli import parser
+
+    return parser().parse_args(["train", *argv])
+
+
+def test_every_knob_reaches_the_config():
+    arguments = parse(
+        "--linear", "64,0.2,1.5", "--norm", "none", "--T1", "7", "--T2", "9",
+        "--growth", "0.25", "--config-seed", "5", "--min-width", "99",
+    )  # fmt: skip
+    config = command.config(arguments, "paper", seed=3)
+    assert config == PRESETS["paper"].replace(
+        linear=Rank(64, 0.2, 1.5), norm=None, T1=7, T2=9, growth=0.25, seed=5, min_width=99
+    )
+    assert command.config(arguments, "plain", seed=3) is None
+
+
+def test_defaults_are_those_of_the_method_and_the_model():
+    config = command.config(parse(), "rac", seed=3)
+    tiny = models.SIZES["llama-tiny"].recipe
+    assert config == PRESETS["rac"].replace(T1=tiny.interval, T2=tiny.interval, growth=tiny.growth, seed=3)
+    options = command.options(parse("--model", "llama-130m"), "paper", seed=0)
+    assert (options.steps, options.batch_size, options.grad_accum, options.seq_len) == (20_000, 128, 4, 256)
+    assert (options.warmup_steps, options.config.T1, options.tokenizer) == (2_000, 500, "bpe:4096")
+    tuned = command.options(parse("--model", "some/model"), "finetune", seed=0)
+    assert (tuned.tokenizer, tuned.config.T1) == ("some/model", 200)
+
+
+def test_methods_side_by_side_survive_the_failure_of_one(capsys, tmp_path, corpus_file):
+    """The rank fits no width, so paper fails in its process and plain's row is kept."""
+    argv = [
+        "train", "--method", "plain", "paper", "--linear", "200,100", "--data", str(corpus_file),
+        "--tokenizer", "bpe:300", "--steps", "2", "--batch-size", "8", "--seq-len", "32",
+        "--out", str(tmp_path / "run"), "--json", str(tmp_path / "rows.json"),
+    ]  # fmt: skip
+    assert main(argv) == 1
+    out, err = capsys.readouterr()
+    assert "paper seed 0 failed (exit code 2)" in err
+    assert "plain" in out and "unigram entropy" in out
+    document = results.read(tmp_path / "rows.json")
+    assert document.keys() == {"command", "versions", "rows"}
+    assert [row["method"] for row in document["rows"]] == ["plain"]
+    assert (tmp_path / "run" / "report.html").exists()
+    assert (tmp_path / "run" / "plain-seed0" / "report.html").exists()
+
+    # What is complete is used again; the failed one is tried again.
+    before = (tmp_path / "run" / "plain-seed0" / "result.json").stat().st_mtime_ns
+    assert main(argv) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    fixed = ["0.3,0.3" if word == "200,100" else word for word in argv]
+    assert main([*fixed, "--resume"]) == 0
+    assert [row["method"] for row in results.read(tmp_path / "rows.json")["rows"]] == ["plain", "paper"]
+    assert (tmp_path / "run" / "plain-seed0" / "result.json").stat().st_mtime_ns == before
+
+
+def test_json_of_a_single_run(capsys, tmp_path, corpus_file):
+    path = tmp_path / "rows.json"
+    code = main([
+        "train", "--method", "plain", "--data", str(corpus_file), "--tokenizer", "bpe:300", "--steps", "2",
+        "--batch-size", "8", "--seq-len", "32", "--out", str(tmp_path / "run"), "--json", str(path), "--seed", "4",
+    ])  # fmt: skip
+    assert code == 0
+    row = json.loads(path.read_text())["rows"][0]
+    assert {"method", "val_loss", "val_ppl", "kept_bytes", "peak_bytes", "tokens_per_s", "steps", "seed"} <= row.keys()
+    assert (row["seed"], row["steps"]) == (4, 2)
+    assert "report:" in capsys.readouterr().out
