@@ -47,7 +47,7 @@ class Handle:
 
     def rows(self) -> list[Row]:
         """Every module with parameters of its own or of a known kind: compressed, or why not."""
-        described: set[Subspace] = set()
+        described: dict[Subspace, str] = {}  # who first keeps it
         rows = []
         for name, module in self.model.named_modules():
             if isinstance(module, Compressed):
@@ -62,7 +62,7 @@ class Handle:
         """The rows as a table, repeated blocks folded, with totals."""
         return table(self.rows())
 
-    def _compressed_row(self, name: str, layer: Compressed, described: set[Subspace]) -> Row:
+    def _compressed_row(self, name: str, layer: Compressed, described: dict[Subspace, str]) -> Row:
         module = type(layer).__name__.removeprefix("Prac")
         subspaces = list(layer.subspaces.values())
         weight = getattr(layer, "weight", None)
@@ -73,8 +73,10 @@ class Handle:
         rank = f"{subspaces[0].r1}+{subspaces[0].r2} of {subspaces[0].width}"
         if subspaces[0] in described:
             block = name.rpartition(".")[0] + "."
-            return Row(name, module, layer.kind, rank, 0, 0, f"shares the Z of {subspaces[0].name.removeprefix(block)}")
-        described.update(subspaces)
+            return Row(
+                name, module, layer.kind, rank, 0, 0, f"shares the Z of {described[subspaces[0]].removeprefix(block)}"
+            )
+        described.update(dict.fromkeys(subspaces, name))
         dtype = weight.dtype if weight is not None else next(self.model.parameters()).dtype
         statistics = layer.statistics * torch.promote_types(dtype, torch.float32).itemsize
         before = sum((s.width or 0) * dtype.itemsize for s in subspaces) + statistics
@@ -173,7 +175,8 @@ class Handle:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    return not any(module.children()) or any(True for _ in module.parameters(recurse=False))
+    empty = isinstance(module, nn.Identity | nn.ModuleDict | nn.ModuleList | nn.ParameterDict | nn.Sequential)
+    return (not any(module.children()) and not empty) or any(True for _ in module.parameters(recurse=False))
 
 
 def _why(module: nn.Module) -> str:

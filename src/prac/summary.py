@@ -51,6 +51,7 @@ def table(rows: Sequence[Row]) -> str:
         f"Bytes per token kept by the compressed ones: {before:,} → {after:,}"
         + (f" ({after / before:.0%})." if before else ".")
     )
+    text.append("What is computed between modules (attention's q, k, v and output, residual sums) stays in full.")
     return "\n".join(line.rstrip() for line in text)
 
 

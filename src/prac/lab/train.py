@@ -217,6 +217,7 @@ def _arguments(options: Options, out: Path) -> TrainingArguments:
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
         warmup_steps=options.warmup_steps,
         bf16=options.bf16,
+        ddp_find_unused_parameters=False,
         use_cpu=not torch.accelerator.is_available(),  # else it refuses bf16
         seed=options.seed,
         data_seed=options.seed,
