@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import prac
+from prac.layers import Compressed
+
 N, M, LAYERS, VOCAB = 32, 48, 2, 97
 IDS = torch.randint(3, VOCAB, (4, 17), generator=torch.Generator().manual_seed(0))
 TEXT: dict[str, Any] = {"input_ids": IDS}
@@ -153,3 +156,24 @@ def build(family: str, seed: int = 0) -> nn.Module:
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     return model.train()
+
+
+PAPER = prac.PRESETS["paper"].replace(min_width=8)
+BATCH = {"input_ids": IDS, "labels": IDS}
+
+
+def compressed_names(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, Compressed)}
+
+
+def train(model: nn.Module, steps: int, lr: float = 0.05, micro: int = 1) -> list[float]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    losses = []
+    for _ in range(steps):
+        for _ in range(micro):
+            value = model(**BATCH).loss
+            value.backward()
+        losses.append(value.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
