@@ -12,7 +12,7 @@ from prac.clock import Clock
 from prac.config import Config
 from prac.estimator import Kept
 from prac.layers import Compressed, Match, unswap
-from prac.structure import Example, call
+from prac.structure import Example, call, in_mode
 from prac.subspace import Subspace
 from prac.summary import Row, table
 
@@ -116,13 +116,10 @@ class Handle:
         for subspace in subspaces:
             if subspace.p_NR is not None:
                 subspace.observer = lambda x, kept, s=subspace: look(s, x, kept)
-        training = self.model.training
-        self.model.train()
         try:
-            with torch.enable_grad(), torch.random.fork_rng():
+            with in_mode(self.model, training=True), torch.enable_grad(), torch.random.fork_rng():
                 call(self.model, example)
         finally:
-            self.model.train(training)
             for subspace in subspaces:
                 subspace.observer = None
 

@@ -44,7 +44,7 @@ def probe(model: nn.Module, names: Sequence[str], example: Example) -> Structure
 
     hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
     try:
-        with evaluating(model), torch.no_grad(), torch.random.fork_rng():
+        with in_mode(model, training=False), torch.no_grad(), torch.random.fork_rng():
             output = call(model, example)
     finally:
         for hook in hooks:
@@ -91,10 +91,10 @@ def call(model: nn.Module, example: Example) -> Any:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, each module's own mode put back afterwards."""
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """The model in training or eval mode, each module's own mode put back afterwards."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:

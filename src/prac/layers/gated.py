@@ -13,7 +13,7 @@ from prac.config import Kind
 from prac.layers.activation import function_of
 from prac.layers.base import Compressed, Match
 from prac.ops import ACTIVATIONS, Activation, glu
-from prac.structure import evaluating
+from prac.structure import in_mode
 
 # How a module's children make up a gated MLP: the names of gate, up and down; with gate and
 # up in one linear layer, gate and up are the same name and the order of its halves follows.
@@ -119,7 +119,7 @@ def _computes(module: nn.Module, roles: Roles, f: Callable[[Tensor], Tensor], ga
     n = _width(module.get_submodule(roles[0]), "in_features")
     x = torch.randn(1, 2, n, generator=torch.Generator().manual_seed(0)).to(parameter)
     try:
-        with evaluating(module):
+        with in_mode(module, training=False):
             y = module(x)
             g, u = _gate_and_up(module, roles, gate_first, x)
             expected = module.get_submodule(roles[2])(f(g) * u)
