@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=120, help="optimizer steps (default: 120)")
     parser.add_argument("--batch-size", type=int, default=8, help="blocks of 128 tokens per step (default: 8)")
-    parser.add_argument("--lr", default="1e-3")
+    parser.add_argument("--lr", default="2e-3")
     parser.add_argument("--runs", type=Path, default=Path("runs/growth"), help="run folders go here")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, each on one thread (default: 2)")
     arguments = parser.parse_args()
