@@ -20,6 +20,7 @@ from rich.table import Table
 from prac.lab import compare, files, plots, report, results
 
 HERE = Path(__file__).parent / "results"
+COLOURS = (*plots.PALETTE, "#000000")  # one for each setting
 
 
 def fixed(interval: int) -> list[str]:
@@ -69,9 +70,7 @@ def main() -> None:
         table.add_row(name, f"{found['row']['val_loss']:.3f}")
         points = [(line["step"], line["val_loss"]) for line in found["metrics"] if "val_loss" in line]
         style = "--" if "only" in name else "-"
-        axes.plot(
-            *zip(*points, strict=True), style, marker="o", markersize=4, color=plots.PALETTE[index % 7], label=name
-        )
+        axes.plot(*zip(*points, strict=True), style, marker="o", markersize=4, color=COLOURS[index], label=name)
     axes.set(xlabel="optimizer step", ylabel="validation loss (nats per token)")
     axes.legend(fontsize=8.5)
     files.write(HERE / "growth.svg", plots.on_white(plots.svg(figure)))
