@@ -42,7 +42,7 @@ def draws(x: Tensor, r1: int, r2: int, count: int, **kwargs: Any) -> Tensor:
     estimates = []
     for seed in range(count):
         s = subspace(r1, r2, seed=seed, **kwargs)
-        estimates.append(s.reconstruct(s.keep(x)))
+        estimates.append(s.keep(x).reconstruct())
     return torch.stack(estimates)
 
 

@@ -69,7 +69,7 @@ def test_growth_refuses(growth: float) -> None:
 
 
 def test_unknown_preset_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="unknown preset 'papr'; choose one of paper, pac"):
+    with pytest.raises(ValueError, match="unknown preset 'papr'; choose one of lean, fast, small, paper, pac"):
         as_config("papr")
 
 

@@ -34,12 +34,22 @@ def compress(model: nn.Module, family: str, config: prac.Config = PAPER, **kwarg
     return prac.compress(model, config, **kwargs)
 
 
+FULL = prac.Bits(32)
+WAYS = {
+    "paper": LOSSLESS,
+    "groups": prac.Config(linear=FULL, norm=FULL, activation=FULL, group=FULL, min_width=1),
+    # c from outputs in few bits would not be lossless; see tests/test_groups.py for that.
+    "groups, activations alone": prac.Config(linear=FULL, norm=FULL, activation=None, group=FULL, min_width=1),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @every_family
-def test_gradients_equal_autograds_when_nothing_is_lost(family: str) -> None:
-    """R1 = n for every layer: float32 accuracy for every parameter."""
+def test_gradients_equal_autograds_when_nothing_is_lost(family: str, way: str) -> None:
+    """R1 = n for every layer, or 32 bits: float32 accuracy for every parameter."""
     model = build(family)
     plain = copy.deepcopy(model)
-    compress(model, family, LOSSLESS)
+    compress(model, family, WAYS[way])
     expected = gradients(plain, **batch_of(family))
     got = gradients(model, **batch_of(family))
     assert got.keys() == expected.keys()
@@ -48,6 +58,63 @@ def test_gradients_equal_autograds_when_nothing_is_lost(family: str) -> None:
         # Some gradients are zero but for rounding (a key's bias, say): compare on the common scale too.
         small = (got[name] - expected[name]).abs().max().item() < 1e-6 * scale
         assert small or relative(got[name], expected[name]) < 2e-4, name
+
+
+@every_family
+def test_lean_has_the_same_outputs_and_nearly_the_same_gradients(family: str) -> None:
+    """Outputs to float32 rounding, in eval mode to the bit; gradients within the rounding error of 8 bits."""
+    model = build(family)
+    plain = copy.deepcopy(model)
+    eight = prac.Bits(8)
+    compress(model, family, prac.Config(linear=eight, norm=eight, activation=eight, group=eight, min_width=1))
+    outputs = [m(**batch_of(family)) for m in (model, plain)]
+    first = [o if isinstance(o, torch.Tensor) else o.logits for o in outputs]
+    torch.testing.assert_close(*first, rtol=1e-4, atol=1e-5)
+    got, expected = (
+        torch.cat([g.flatten() for g in gradients(m, **batch_of(family)).values()]) for m in (model, plain)
+    )
+    assert 1e-5 < relative(got, expected) < 0.02
+    model.eval(), plain.eval()
+    outputs = [m(**batch_of(family)) for m in (model, plain)]
+    assert torch.equal(*(o if isinstance(o, torch.Tensor) else o.logits for o in outputs))
+
+
+# The norms of a block that linear layers alone read, with those; and norms that something else reads as well.
+GROUPS: dict[str, tuple[dict[str, set[str]], dict[str, set[str]]]] = {
+    "llama": ({"input_layernorm": {"q_proj", "k_proj", "v_proj"},
+               "post_attention_layernorm": {"gate_proj", "up_proj"}}, {}),
+    "gemma2": ({"input_layernorm": {"q_proj", "k_proj", "v_proj"},
+                "pre_feedforward_layernorm": {"gate_proj", "up_proj"}}, {}),
+    "phi3": ({"input_layernorm": {"qkv_proj"}, "post_attention_layernorm": {"gate_up_proj"}}, {}),
+    "gpt2": ({"ln_1": {"c_attn"}, "ln_2": {"c_fc"}}, {}),
+    "vit": ({"layernorm_before": {"q_proj", "k_proj", "v_proj"}, "layernorm_after": {"fc1"}}, {}),
+    "bert": ({}, {"attention.output.LayerNorm": {"dense"}, "0.output.LayerNorm": {"query", "key", "value"},
+                  "embeddings.LayerNorm": {"query", "key", "value"}}),
+    "plain": ({"norm1": {"wq", "wk", "wv"}, "norm2": {"w1", "w3"}}, {}),
+}  # fmt: skip
+GROUPS |= {"mistral": GROUPS["llama"], "qwen2": GROUPS["llama"], "qwen3": GROUPS["llama"]}
+
+
+@pytest.mark.parametrize("family", GROUPS)
+def test_groups_are_found_by_looking(family: str) -> None:
+    """A rank for x̂ goes to the groups, and 8 bits to every other norm."""
+    config = prac.Config(
+        group=prac.Rank(0.3, 0.3), linear=prac.Bits(8), norm=prac.Bits(8), activation=prac.Bits(8), min_width=1
+    )
+    rows = compress(build(family), family, config).rows()
+    ranked = {row.name for row in rows if row.what == "norm" and "of" in row.rank}
+    rounded = {row.name for row in rows if row.what == "norm" and row.rank == "8 bits"}
+    groups, others = GROUPS[family]
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        if row.note.startswith("from x̂ of "):
+            found.setdefault(row.note.removeprefix("from x̂ of "), set()).add(row.name.rpartition(".")[2])
+    assert len(ranked) == LAYERS * len(groups)
+    assert {name.rpartition(".")[2] for name in ranked} == set(groups)
+    assert all(found[norm] == readers for norm, readers in groups.items())
+    for norm, readers in others.items():
+        assert any(name.endswith(norm) for name in rounded)
+        assert any(norm.endswith(seen) and readers == found[seen] for seen in found), (norm, found)
 
 
 @every_family
@@ -123,7 +190,7 @@ def test_what_is_found(family: str) -> None:
     kinds, subspaces, outer_norms = EXPECTED[family]
     expected = Counter({kind: LAYERS * count for kind, count in kinds.items()}) + Counter(norm=outer_norms)
     assert Counter(layer.kind for layer in layers) == expected
-    assert len({s for layer in layers for s in layer.subspaces.values()}) == LAYERS * subspaces + outer_norms
+    assert len({s for layer in layers for s in layer.estimators.values()}) == LAYERS * subspaces + outer_norms
 
 
 def test_reasons() -> None:
@@ -134,7 +201,7 @@ def test_reasons() -> None:
     assert "embedding" in notes["model.embed_tokens"]
     assert "out of reach" in notes["layers.0.self_attn"]
     assert "without calling it" in notes["layers.0.self_attn.out_proj"]
-    assert notes["model.layers.1.mlp.act_fn"] == "runs inside its gated MLP"
+    assert notes["model.layers.1.mlp.act_fn"] == "runs inside its MLP"
 
 
 @every_family

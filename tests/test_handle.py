@@ -72,7 +72,7 @@ def test_reconstruction_error() -> None:
     errors = handle.reconstruction_error(TEXT)
     assert not model.training
     energy = torch.linalg.svdvals(inputs["x"].double()).square()
-    tail = energy[layer.subspaces["x"].r1 :].sum() / energy.sum()
+    tail = energy[layer.estimators["x"].r1 :].sum() / energy.sum()
     assert errors["model.layers.1.mlp.down_proj"] == pytest.approx(tail.item(), rel=1e-3)
     assert len(errors) == LAYERS * 4  # q, k, v and gate, up share
     after = handle.state_dict()["subspaces"]
@@ -107,7 +107,7 @@ def test_summary_folds_blocks_and_totals() -> None:
 def test_repr_shows_ranks() -> None:
     model = build("llama")
     prac.compress(model, PAPER)
-    assert "rank=9+9" in repr(model.model.layers[0].self_attn.q_proj)
+    assert "kept=9+9 of 32" in repr(model.model.layers[0].self_attn.q_proj)
 
 
 def test_average_over_draws_approaches_the_exact_gradient() -> None:

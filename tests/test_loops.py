@@ -17,7 +17,7 @@ from prac.memory import track_kept
 
 
 def refreshes(model: nn.Module) -> set[int]:
-    return {s.refreshes for m in model.modules() if isinstance(m, Compressed) for s in m.subspaces.values()}
+    return {s.refreshes for m in model.modules() if isinstance(m, Compressed) for s in m.estimators.values()}
 
 
 def test_refresh_follows_optimizer_steps_not_forwards() -> None:
@@ -77,7 +77,7 @@ def test_a_deepcopy_trains_by_itself() -> None:
     twin = copy.deepcopy(model)
     train(twin, 3)
     assert handle.step == 2
-    assert next(m for m in twin.modules() if isinstance(m, Compressed)).subspaces["x"].clock.step == 5
+    assert next(m for m in twin.modules() if isinstance(m, Compressed)).estimators["x"].clock.step == 5
     assert compressed_names(twin) == compressed_names(model)
 
 

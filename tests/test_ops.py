@@ -143,7 +143,7 @@ def test_gradients_of_the_reconstruction(name: str) -> None:
     kept = []
     for i, t in enumerate(tensors):
         s = subspace(4, 5, name=f"e{i}")
-        kept.append(s.reconstruct(s.keep(t.detach())).view(t.shape))
+        kept.append(s.keep(t.detach()).reconstruct().view(t.shape))
     _, expected = reference(name, kept)
     _, grads = run(name, tensors, 4, 5)
     for got, want in zip(grads, expected, strict=True):
@@ -174,7 +174,7 @@ def test_norm_formula_with_exact_statistics(centered: bool) -> None:
     mu = x.mean(-1, keepdim=True) if centered else torch.zeros_like(x[:, :1])
     rho = 1 / ((x - mu).square().mean(-1, keepdim=True) + 1e-5).sqrt()
     s = subspace(4, 5, name="e0")
-    hat = (s.reconstruct(s.keep(x)) - mu) * rho
+    hat = (s.keep(x).reconstruct() - mu) * rho
     inner = gamma * g
     dx = rho * (inner - hat * (inner * hat).mean(-1, keepdim=True))
     if centered:

@@ -127,5 +127,5 @@ def test_paper_preset_is_section_5_1() -> None:
 def test_ablations_have_the_papers_total_rank(preset: str) -> None:
     for kind in ("linear", "norm", "activation"):
         for n in (100, 256, 688):
-            total = sum(prac.PRESETS[preset].rank(kind).resolve(n))
-            assert abs(total - sum(prac.PRESETS["paper"].rank(kind).resolve(n))) <= 1
+            total = sum(prac.PRESETS[preset].keep(kind).resolve(n))
+            assert abs(total - sum(prac.PRESETS["paper"].keep(kind).resolve(n))) <= 1

@@ -6,9 +6,9 @@ handle = prac.compress(model)  # in place; any optimizer, any trainer, same stat
 print(handle.summary())
 """
 
-from prac.config import PRESETS, Config, Rank
+from prac.config import PRESETS, Bits, Config, Rank
 from prac.convert import compress
 from prac.handle import Handle
 
-__all__ = ["PRESETS", "Config", "Handle", "Rank", "compress"]
+__all__ = ["PRESETS", "Bits", "Config", "Handle", "Rank", "compress"]
 __version__ = "0.1.0"

@@ -1,8 +1,8 @@
 """What to keep: the policy, as plain frozen dataclasses.
 
-A :class:`Config` says, for each kind of layer, at which rank its input is kept for
-backward (Section 5.1 of the paper, "Layer-Wise Design") and how often the subspaces
-are refreshed (Algorithm 1). It holds no tensors and knows no model.
+A :class:`Config` says, for each kind of layer, how its input is kept for backward: at a
+:class:`Rank` (Section 5.1 of the paper, "Layer-Wise Design") or in few :class:`Bits`, and how often
+the subspaces are refreshed (Algorithm 1). It holds no tensors and knows no model.
 """
 
 from __future__ import annotations
@@ -17,6 +17,29 @@ KINDS: tuple[Kind, ...] = ("linear", "norm", "activation")
 
 
 @dataclass(frozen=True)
+class Bits:
+    """Keep every direction, in few bits: see :mod:`prac.storage`.
+
+    Rounding is to the nearest code where a nonlinearity follows, and unbiased where the use is
+    linear; that is the layer's to know and no setting.
+
+    Args:
+        bits: 2, 4, 8 or 16 (bfloat16) a value; 32 keeps the tensor as it is, whatever its dtype.
+        group: features of a token that share a scale (two numbers in bfloat16). A width that it
+            does not divide gets the next smaller group that does.
+    """
+
+    bits: int = 4
+    group: int = 64
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 4, 8, 16, 32):
+            raise ValueError(f"bits must be 2, 4, 8, 16 or 32, got {self.bits!r}.")
+        if isinstance(self.group, bool) or not isinstance(self.group, int) or self.group < 4:
+            raise ValueError(f"group must be a whole number of at least 4 features, got {self.group!r}.")
+
+
+@dataclass(frozen=True)
 class Rank:
     """How many directions of an activation are kept: ``r1`` principal, ``r2`` random.
 
@@ -27,6 +50,7 @@ class Rank:
             (unbiased, high variance); see Table 1.
         k: scale of the random part, in units of the unbiased ``k0 = (n - r1) / r2``.
             Anything but 1.0 biases the estimate; it is here for the ablation of Figure 7.
+        bits: how Z is kept; None in the activation's own dtype, as the paper has it.
 
     >>> Rank(0.3, 0.3).resolve(768)
     (230, 230)
@@ -35,6 +59,7 @@ class Rank:
     r1: float | int = 0.3
     r2: float | int = 0.3
     k: float = 1.0
+    bits: Bits | None = None
 
     def __post_init__(self) -> None:
         for name in ("r1", "r2"):
@@ -80,15 +105,26 @@ def _count(value: float | int, width: int) -> int:
     return value if isinstance(value, int) else math.floor(value * width + 1e-9)
 
 
+# How one tensor is kept.
+Keep = Rank | Bits
+
+
 @dataclass(frozen=True)
 class Config:
-    """Which layers are compressed, at which rank, refreshed how often.
+    """Which tensors are kept how, and how often subspaces are refreshed.
+
+    Each of the first four is a :class:`Rank`, a :class:`Bits`, or None to leave that kind alone.
 
     Args:
-        linear: rank for the inputs of linear layers; ``None`` leaves them alone.
-        norm: rank for the inputs of LayerNorm and RMSNorm; ``None`` leaves them alone.
-        activation: rank for the inputs of GELU, SiLU and of the gated product
-            ``silu(g) * u`` (both g and u); ``None`` leaves them alone.
+        linear: inputs of linear layers that nothing else keeps already.
+        norm: inputs of LayerNorm and RMSNorm; with ``group`` set, the normalised x̂ of the norms
+            that are not a group of their own.
+        activation: inputs of GELU, SiLU and of the gated product ``silu(g) * u`` (both g and u).
+            With Bits the output is not kept either: what reads it computes it again.
+        group: None has every layer keep an input of its own, as in the paper. Otherwise a norm and the
+            linear layers that alone read its output (q, k, v; gate, up) keep its x̂, once for all.
+        attention_bits: keep q, k, v and the output of attention in so many bits; None leaves them
+            to attention, in full. For models of transformers that run "sdpa".
         T1: optimizer steps between refreshes of the principal basis Q1.
         T2: optimizer steps between refreshes of the random basis Q2. Q2 is also redrawn
             whenever Q1 changes, or it would no longer be orthogonal to it.
@@ -96,15 +132,17 @@ class Config:
             0.1 refreshes at steps 0 to 11, then 12, 13, 14, …, 30, 33, 36, …, until T1 and T2
             are reached. Early in training activations turn quickly, and a stale basis for a
             norm does harm (see ``docs/algorithm.md``). The paper has 0: fixed intervals.
-        seed: seed of the random bases. Each subspace draws from its own generator, so
-            the user's random state is never touched.
+        seed: seed of the random bases and of the rounding. Each layer draws from its own
+            generator, so the user's random state is never touched.
         min_width: layers with narrower inputs are left alone: there P would cost more
             than it saves (LoRA's second factor, for one).
     """
 
-    linear: Rank | None = Rank(0.3, 0.3)
-    norm: Rank | None = Rank(0.2, 0.2)
-    activation: Rank | None = Rank(0.2, 0.2)
+    linear: Keep | None = Rank(0.3, 0.3)
+    norm: Keep | None = Rank(0.2, 0.2)
+    activation: Keep | None = Rank(0.2, 0.2)
+    group: Keep | None = None
+    attention_bits: int | None = None
     T1: int = 500
     T2: int = 500
     growth: float = 0.0
@@ -118,11 +156,13 @@ class Config:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
         if not (math.isfinite(self.growth) and self.growth >= 0):
             raise ValueError(f"growth must be finite and not negative (0 for fixed intervals), got {self.growth!r}.")
+        if self.attention_bits not in (None, 4, 8):
+            raise ValueError(f"attention_bits must be 4, 8 or None, got {self.attention_bits!r}.")
 
-    def rank(self, kind: Kind) -> Rank | None:
-        """The rank for one kind of layer, or None where that kind is left alone."""
-        rank: Rank | None = getattr(self, kind)
-        return rank
+    def keep(self, kind: Kind) -> Keep | None:
+        """How one kind of layer keeps its input, or None where that kind is left alone."""
+        keep: Keep | None = getattr(self, kind)
+        return keep
 
     def replace(self, **changes: Any) -> Config:
         """A copy with some fields changed: ``PRESETS["paper"].replace(T1=200)``."""
@@ -135,11 +175,21 @@ class Config:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Config:
         """The inverse of :meth:`to_dict`."""
-        ranks: dict[str, Any] = {kind: Rank(**data[kind]) for kind in KINDS if data.get(kind) is not None}
-        return cls(**(data | ranks))
+        return cls(**{name: _keep(value) for name, value in data.items()})
+
+
+def _keep(value: Any) -> Any:
+    """A Rank or Bits from the plain data of one; anything else as it is."""
+    if not isinstance(value, dict):
+        return value
+    inner = {name: _keep(v) for name, v in value.items()}
+    return Rank(**inner) if "r1" in inner else Bits(**inner)
 
 
 PRESETS: dict[str, Config] = {
+    "lean": Config(linear=Bits(4), norm=Bits(8), activation=Bits(4), group=Bits(4)),
+    "fast": Config(linear=Bits(8), norm=Bits(8), activation=Bits(8), group=Rank(0.2, 0.2)),
+    "small": Config(linear=Bits(4), norm=Bits(4), activation=Bits(4), group=Bits(2), attention_bits=4),
     # Section 5.1: r1 = r2 = 0.3n for linear layers, 0.2n for norms and activations.
     "paper": Config(),
     # The two limits of Table 1 and Figure 5, at the same total rank as "paper".

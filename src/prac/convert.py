@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from prac.clock import Clock
 from prac.config import Config, as_config
+from prac.estimator import Estimator
 from prac.handle import Handle
-from prac.layers import Compressed, ElementWise, Match, recognise, swap
+from prac.layers import Compressed, Match, recognise, swap
+from prac.plan import Plan
 from prac.structure import Example, Structure, example_for, probe
-from prac.subspace import Subspace
 
 Filter = str | Sequence[str] | Callable[[nn.Module, str], bool]
 
@@ -86,7 +87,7 @@ def compress(
             return "output head"
         elif name in structure.per_sample:
             return "sees one row per sample, not per token"
-        if config.rank(kind) is None:
+        if config.keep(kind) is None and not (config.group is not None and kind != "activation"):
             return f"the config leaves {kind} layers alone"
         if isinstance(parent, nn.MultiheadAttention):
             return "nn.MultiheadAttention uses its weights without calling it"
@@ -95,43 +96,28 @@ def compress(
         return None
 
     reasons = {name: why_not(name, match) for name, match in matches.items()}
-    for name, match in matches.items():
-        parent = name.rpartition(".")[0]
-        if match.layer is ElementWise and matches.get(parent) and reasons[parent] is None:
-            reasons[name] = "runs inside its gated MLP"
     chosen = {name: match for name, match in matches.items() if reasons[name] is None}
+    plan = Plan(config, chosen, structure)
+    reasons |= plan.left_to_others
+    chosen = {name: match for name, match in chosen.items() if reasons[name] is None}
     if not chosen:
         skipped = sorted({reason for reason in reasons.values() if reason}) or ["no known layer in it"]
         raise ValueError(f"nothing to compress in this {type(model).__name__}: {'; '.join(skipped)}.")
 
     clock = Clock(model)
-    leaders: dict[Any, Subspace] = {}
-    subspaces: dict[str, dict[str, Subspace]] = {}
-    for name, match in chosen.items():
-        rank = config.rank(match.layer.kind)
-        assert rank is not None
-        subspaces[name] = {}
-        for tensor, known_width in match.inputs.items():
-            own = Subspace(
-                rank,
-                clock,
-                width=known_width or structure.width.get(name),
-                T1=config.T1,
-                T2=config.T2,
-                growth=config.growth,
-                name=name if tensor == "x" else f"{name}:{tensor}",
-                seed=config.seed,
-            )
-            shared = match.shareable and name in structure.reads
-            subspaces[name][tensor] = leaders.setdefault(structure.reads[name], own) if shared else own
-    for name, match in chosen.items():
-        swap(modules[name], match, subspaces[name])
+    layers = {name: plan.layer(name, clock) for name in chosen}
+    for name, (match, estimators) in layers.items():
+        swap(modules[name], match, estimators)
+    for group in plan.groups():
+        members = [modules[name] for name in group]
+        for member in members:
+            member._prac_group = members
     if example is None:
         _share_at_first_call([modules[name] for name, match in chosen.items() if match.shareable])
 
     notes = {name: why or reasons.get(name) for name, why in found.items() if not isinstance(why, Match)}
     notes |= {name: reason for name, reason in reasons.items() if reason}
-    return Handle(model, config, clock, chosen, notes)
+    return Handle(model, config, clock, {name: match for name, (match, _) in layers.items()}, notes, plan.sources())
 
 
 def _predicate(filter: Filter | None) -> Callable[[nn.Module, str], bool]:
@@ -150,18 +136,18 @@ def _output_embeddings(model: nn.Module, modules: dict[str, nn.Module]) -> set[s
 
 
 def _share_at_first_call(layers: Sequence[nn.Module]) -> None:
-    """Let each layer, when first called, adopt the subspace of the layer that read its input before."""
-    seen: dict[int, tuple[weakref.ref[Tensor], Subspace]] = {}
+    """Let each layer, when first called, adopt the estimator of the layer that read its input before."""
+    seen: dict[int, tuple[weakref.ref[Tensor], Estimator]] = {}
 
     def adopt(layer: nn.Module, args: tuple[Any, ...]) -> None:
         hooks.pop(id(layer)).remove()
         x = args[0] if args else None
         if not isinstance(layer, Compressed) or not isinstance(x, Tensor):
             return
-        reader, subspace = seen.get(id(x), (None, None))
-        if reader is not None and subspace is not None and reader() is x:
-            layer.subspaces["x"] = subspace
+        reader, estimator = seen.get(id(x), (None, None))
+        if reader is not None and estimator is not None and reader() is x:
+            layer.estimators["x"] = estimator
         else:
-            seen[id(x)] = (weakref.ref(x), layer.subspaces["x"])
+            seen[id(x)] = (weakref.ref(x), layer.estimators["x"])
 
     hooks = {id(layer): layer.register_forward_pre_hook(adopt) for layer in layers}

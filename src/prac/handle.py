@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from prac.clock import Clock
 from prac.config import Config
-from prac.estimator import Kept
+from prac.estimator import Estimator, Kept
 from prac.layers import Compressed, Match, unswap
+from prac.plan import Source
+from prac.stored import Stored
 from prac.structure import Example, call, in_mode
 from prac.subspace import Subspace
 from prac.summary import Row, table
@@ -26,10 +28,16 @@ class Handle:
     """
 
     def __init__(
-        self, model: nn.Module, config: Config, clock: Clock, matches: dict[str, Match], notes: dict[str, str | None]
+        self,
+        model: nn.Module,
+        config: Config,
+        clock: Clock,
+        matches: dict[str, Match],
+        notes: dict[str, str | None],
+        sources: dict[str, Source],
     ) -> None:
         self.model, self.config = model, config
-        self._clock, self._matches, self._notes = clock, matches, notes
+        self._clock, self._matches, self._notes, self._sources = clock, matches, notes, sources
 
     @property
     def step(self) -> int:
@@ -47,7 +55,7 @@ class Handle:
 
     def rows(self) -> list[Row]:
         """Every module with parameters of its own or of a known kind: compressed, or why not."""
-        described: dict[Subspace, str] = {}  # who first keeps it
+        described: dict[Estimator | Source, str] = {}  # who first keeps it
         rows = []
         for name, module in self.model.named_modules():
             if isinstance(module, Compressed):
@@ -62,26 +70,50 @@ class Handle:
         """The rows as a table, repeated blocks folded, with totals."""
         return table(self.rows())
 
-    def _compressed_row(self, name: str, layer: Compressed, described: dict[Subspace, str]) -> Row:
+    def _compressed_row(self, name: str, layer: Compressed, described: dict[Estimator | Source, str]) -> Row:
         module = type(layer).__name__.removeprefix("Prac")
-        subspaces = list(layer.subspaces.values())
         weight = getattr(layer, "weight", None)
+        dtype = weight.dtype if weight is not None else next(self.model.parameters()).dtype
+        if name in self._sources:
+            return self._reader_row(name, layer, module, dtype, described)
         if layer.kind == "linear" and weight is not None and not weight.requires_grad:
             return Row(name, module, layer.kind, "", 0, 0, "frozen weight: nothing is kept")
-        if any(s.width is None for s in subspaces):
+        estimators = list(layer.estimators.values())
+        if any(e.width is None for e in estimators):
             return Row(name, module, layer.kind, "as its input", None, None, "width known after the first step")
-        rank = f"{subspaces[0].r1}+{subspaces[0].r2} of {subspaces[0].width}"
-        if subspaces[0] in described:
-            block = name.rpartition(".")[0] + "."
-            return Row(
-                name, module, layer.kind, rank, 0, 0, f"shares the Z of {described[subspaces[0]].removeprefix(block)}"
-            )
-        described.update(dict.fromkeys(subspaces, name))
-        dtype = weight.dtype if weight is not None else next(self.model.parameters()).dtype
+        label = estimators[0].label()
+        if estimators[0] in described:
+            other = _short(described[estimators[0]], name)
+            return Row(name, module, layer.kind, label, 0, 0, f"shares the Z of {other}")
+        described.update(dict.fromkeys(estimators, name))
         statistics = layer.statistics * torch.promote_types(dtype, torch.float32).itemsize
-        before = sum((s.width or 0) * dtype.itemsize for s in subspaces) + statistics
-        after = sum((s.r1 + s.r2) * dtype.itemsize for s in subspaces) + statistics
-        return Row(name, module, layer.kind, rank, before, after, "")
+        before = sum((e.width or 0) * dtype.itemsize for e in estimators) + statistics
+        after = sum(e.bytes_per_token(dtype.itemsize) for e in estimators) + statistics
+        return Row(name, module, layer.kind, label, before, after, "")
+
+    def _reader_row(
+        self, name: str, layer: Compressed, module: str, dtype: torch.dtype, described: dict[Estimator | Source, str]
+    ) -> Row:
+        """A layer that has its input from what others keep."""
+        source = self._sources[name]
+        if not source.name:
+            return Row(name, module, layer.kind, "in full", 0, 0, f"{source.what} keeps it anyway")
+        maker = self.model.get_submodule(source.name)
+        assert isinstance(maker, Compressed)
+        estimator = next(iter(maker.estimators.values()))
+        # The tensor itself was kept once, by the first that reads it.
+        first = source not in described
+        described[source] = name
+        width = (
+            layer.estimators["x"].width or getattr(layer, "in_features", 0) or layer.get_parameter("weight").shape[0]
+        )
+        outputs = layer.estimators.get("y")
+        after = 0
+        if isinstance(outputs, Stored) and outputs.bits is not None:
+            outputs.width = layer.get_parameter("weight").numel() // width
+            after = outputs.bytes_per_token(dtype.itemsize)
+        note = f"from {source.what} of {_short(source.name, name)}"
+        return Row(name, module, layer.kind, estimator.label(), width * dtype.itemsize if first else 0, after, note)
 
     def reconstruction_error(self, example: Example) -> dict[str, float]:
         """‖X̃ − X‖² / ‖X‖² of every compressed tensor, by name, on one batch.
@@ -94,34 +126,33 @@ class Handle:
         """
         errors: dict[str, float] = {}
 
-        def observe(subspace: Subspace, x: Tensor, kept: Kept) -> None:
+        def observe(estimator: Estimator, x: Tensor, kept: Kept) -> None:
             x_MN = x.detach().reshape(-1, x.shape[-1]).float()
-            error = subspace.reconstruct(kept).float() - x_MN
+            error = kept.reconstruct().float() - x_MN
             energy = x_MN.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
-            errors[subspace.name] = (error.square().sum() / energy).item()
+            errors[estimator.name] = (error.square().sum() / energy).item()
 
         self.observe(example, observe)
         return errors
 
     def observe(self, example: Example, look: Any) -> None:
-        """Run the model on ``example`` in training mode; call ``look(subspace, x, kept)`` for each kept tensor.
+        """Run the model on ``example`` in training mode; call ``look(estimator, x, kept)`` for each kept tensor.
 
         Raises:
             RuntimeError: before the first training step, when there is no subspace yet.
         """
-        subspaces = list(self._subspaces())
-        empty = [s.name for s in subspaces if s.p_NR is None]
-        if len(empty) == len(subspaces):
+        empty = [s.name for s in self._subspaces() if s.p_NR is None]
+        if empty and len(empty) == len(list(self._subspaces())):
             raise RuntimeError("no subspace yet: run at least one training step first.")
-        for subspace in subspaces:
-            if subspace.p_NR is not None:
-                subspace.observer = lambda x, kept, s=subspace: look(s, x, kept)
+        ready = [e for e in self._estimators() if not isinstance(e, Subspace) or e.p_NR is not None]
+        for estimator in ready:
+            estimator.observer = lambda x, kept, e=estimator: look(e, x, kept)
         try:
             with in_mode(self.model, training=True), torch.enable_grad(), torch.random.fork_rng():
                 call(self.model, example)
         finally:
-            for subspace in subspaces:
-                subspace.observer = None
+            for estimator in ready:
+                estimator.observer = None
 
     # --- state -----------------------------------------------------------------------
 
@@ -134,7 +165,7 @@ class Handle:
         layers = self._layers()
         return {
             "step": self.step,
-            "shared": {n: {t: s.name for t, s in layer.subspaces.items()} for n, layer in layers.items()},
+            "shared": {n: {t: e.name for t, e in layer.estimators.items()} for n, layer in layers.items()},
             "subspaces": {s.name: s.state_dict() for s in self._subspaces()},
         }
 
@@ -148,11 +179,11 @@ class Handle:
         if set(state["shared"]) != set(layers):
             odd = sorted(set(state["shared"]) ^ set(layers))
             raise ValueError(f"the saved state is of other layers than this model's: {', '.join(odd[:5])}.")
-        by_name = {s.name: s for layer in layers.values() for s in layer.subspaces.values()}
+        by_name = {e.name: e for e in self._estimators()}
         if missing := sorted(set(state["subspaces"]) - set(by_name)):
             raise ValueError(f"the saved state has subspaces that this model lacks: {', '.join(missing[:5])}.")
         for name, layer in layers.items():
-            layer.subspaces = {tensor: by_name[leader] for tensor, leader in state["shared"][name].items()}
+            layer.estimators = {tensor: by_name[leader] for tensor, leader in state["shared"][name].items()}
         for subspace in self._subspaces():
             subspace.load_state_dict(state["subspaces"][subspace.name])
         self._clock.step = state["step"]
@@ -167,8 +198,18 @@ class Handle:
     def _layers(self) -> dict[str, Compressed]:
         return {n: m for n, m in self.model.named_modules() if isinstance(m, Compressed)}
 
+    def _estimators(self) -> Iterator[Estimator]:
+        yield from dict.fromkeys(e for layer in self._layers().values() for e in layer.estimators.values())
+
     def _subspaces(self) -> Iterator[Subspace]:
-        yield from dict.fromkeys(s for layer in self._layers().values() for s in layer.subspaces.values())
+        yield from (e for e in self._estimators() if isinstance(e, Subspace))
+
+
+def _short(name: str, neighbour: str) -> str:
+    """A module's name, seen from a neighbour in the same block."""
+    ours, theirs = name.split("."), neighbour.split(".")
+    same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
+    return ".".join(ours[same:])
 
 
 def _is_leaf(module: nn.Module) -> bool:

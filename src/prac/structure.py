@@ -21,48 +21,106 @@ class Structure:
     """What one forward pass showed, by module name."""
 
     reads: dict[str, int] = field(default_factory=dict)  # a number for the tensor it read first
-    width: dict[str, int] = field(default_factory=dict)  # features of that tensor
+    writes: dict[str, int] = field(default_factory=dict)  # and for the one it returned
+    width: dict[str, int] = field(default_factory=dict)  # features of what it read
     heads: set[str] = field(default_factory=set)  # its output is an output of the model
     per_sample: set[str] = field(default_factory=set)  # it saw one row per sample, not per token
+    edges: dict[str, int] = field(default_factory=dict)  # how many operations use its output
+    keeps_input: set[str] = field(default_factory=set)  # what it read is kept by something else as well
+    keeps_output: set[str] = field(default_factory=set)  # and so is what it returned
+
+    def readers(self, name: str) -> list[str]:
+        """The modules that read what ``name`` returned."""
+        return [reader for reader, x in self.reads.items() if x == self.writes.get(name) and reader != name]
 
 
 def probe(model: nn.Module, names: Sequence[str], example: Example) -> Structure:
-    """Run ``model`` once on ``example`` and watch the modules called ``names``.
+    """Run ``model`` forward once on ``example`` and watch the modules called ``names``.
 
-    In eval mode and without gradients; modes and random state are put back.
+    In eval mode; modes and random state are put back. With autograd on, because its graph tells
+    what modules cannot: how often a tensor is used, and what else is kept.
     """
     reads: dict[str, Tensor] = {}
     writes: dict[str, Any] = {}
+    inside: list[str] = []  # the watched modules that are running
+    kept_by_others: dict[int, Tensor] = {}
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if args and isinstance(args[0], Tensor):
-                reads.setdefault(name, args[0])
-                writes.setdefault(name, output)
+    def enter(name: str) -> Callable[..., None]:
+        return lambda module, args: inside.append(name)
+
+    def leave(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            inside.pop()
+            if not args or not isinstance(args[0], Tensor) or name in reads:
+                return None
+            if isinstance(output, Tensor) and output.is_floating_point():
+                # Makes the graph go through here also where no weight below needs a gradient, and gives
+                # the output a node of its own, whose edges are its uses.
+                output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+            reads[name], writes[name] = args[0], output
+            return output
 
         return hook
 
-    hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
+    def pack(tensor: Tensor) -> Tensor:
+        if not inside:
+            kept_by_others[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    hooks: list[Any] = []
+    for name in names:
+        module = model.get_submodule(name)
+        hooks += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave(name))]
     try:
-        with in_mode(model, training=False), torch.no_grad(), torch.random.fork_rng():
+        with (
+            in_mode(model, training=False),
+            torch.enable_grad(),
+            torch.random.fork_rng(),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
             output = call(model, example)
     finally:
         for hook in hooks:
             hook.remove()
 
     structure = Structure()
-    results = {id(t) for t in _tensors(output)}
+    outputs = _tensors(output)
+    results = {id(t) for t in outputs}
     samples = {t.shape[0] for t in _tensors(example) if t.dim() > 0}
     tokens = max((t.numel() // t.shape[-1] for t in reads.values()), default=0)
+    uses = _uses(outputs)
     for name, x in reads.items():
         # The tensors are alive until here, so equal ids mean the same tensor.
         structure.reads[name] = id(x)
         structure.width[name] = x.shape[-1]
-        if id(writes[name]) in results:
+        if x.untyped_storage().data_ptr() in kept_by_others:
+            structure.keeps_input.add(name)
+        y = writes[name]
+        if isinstance(y, Tensor):
+            structure.writes[name] = id(y)
+            structure.edges[name] = uses.get(y.grad_fn, 0)
+            if y.untyped_storage().data_ptr() in kept_by_others:
+                structure.keeps_output.add(name)
+        if id(y) in results:
             structure.heads.add(name)
         if x.numel() // x.shape[-1] in samples and tokens not in samples:
             structure.per_sample.add(name)
     return structure
+
+
+def _uses(outputs: Sequence[Tensor]) -> dict[Any, int]:
+    """For every node of the autograd graph below ``outputs``, the number of edges that lead into it."""
+    uses: dict[Any, int] = {}
+    todo = [t.grad_fn for t in outputs if t.grad_fn is not None]
+    seen = set(todo)
+    while todo:
+        for node, _ in todo.pop().next_functions:
+            if node is not None:
+                uses[node] = uses.get(node, 0) + 1
+                if node not in seen:
+                    seen.add(node)
+                    todo.append(node)
+    return uses
 
 
 def example_for(model: nn.Module) -> Example | None:

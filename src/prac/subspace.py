@@ -14,11 +14,8 @@ P is kept in the activation's dtype. Rounded to bfloat16 its columns are orthono
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import warnings
-import weakref
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,20 +24,28 @@ from torch import Tensor
 from prac.bases import gram_matrix, principal_basis, random_complement
 from prac.clock import Clock
 from prac.config import Rank
-from prac.estimator import Kept
+from prac.estimator import Estimator, Kept, Tensors
+from prac.storage import bytes_per_token
+from prac.stored import Rounded, Stored
 
 
-class _Last(NamedTuple):
-    """The tensor compressed last, and what came of it; neither is kept alive by this."""
+class Projected(NamedTuple):
+    """The form of Z = X P, itself kept as ``z`` says."""
 
-    x: weakref.ref[Tensor]
-    version: int
-    step: int
-    z_MR: weakref.ref[Tensor]
     p_NR: Tensor
+    z: Rounded
+
+    def reconstruct(self, tensors: Tensors) -> Tensor:
+        """The estimate X̃ = Z Pᵀ, (M, n): equation (7)."""
+        return self.z.reconstruct(tensors) @ self.p_NR.mT
+
+    def weight_grad(self, dy_MO: Tensor, tensors: Tensors) -> Tensor:
+        """The estimate dW = dYᵀ X̃ = (dYᵀ Z) Pᵀ, (O, n): two thin products, X̃ is never built."""
+        p_NR = self.p_NR.to(dy_MO.dtype)
+        return self.z.weight_grad(dy_MO, tensors) @ p_NR.mT
 
 
-class Subspace:
+class Subspace(Estimator):
     """The subspace of one activation (or of one activation shared by several layers).
 
     Args:
@@ -53,10 +58,7 @@ class Subspace:
             every update of Q1: Algorithm 1 as printed would keep a Q2 that is no longer
             orthogonal to the new Q1, and the estimate would be biased.
         growth: if above 0, no interval is longer than this share of the steps before it.
-        name: of the layer, for messages and for the seed.
-        seed: with the name, the number of draws so far and the distributed rank, this
-            seeds each draw, so that runs repeat and resume exactly, while the noise of
-            data-parallel ranks is independent and averages out.
+        name, seed: as for :class:`prac.estimator.Estimator`; each draw of Q2 has its own seed.
 
     Raises:
         ValueError: if the rank does not fit the width, or an interval is below 1.
@@ -76,16 +78,14 @@ class Subspace:
     ) -> None:
         if T1 < 1 or T2 < 1:
             raise ValueError(f"{name}: refresh intervals must be at least 1, got T1 = {T1}, T2 = {T2}.")
+        super().__init__(clock, name=name, seed=seed)
         self.rank, self.T1, self.T2, self.growth = rank, T1, T2, growth
-        self.clock, self.name, self.seed = clock, name, seed
+        self.storage = Stored(rank.bits, clock, unbiased=True, name=f"{name}/Z", seed=seed)
         self.p_NR: Tensor | None = None
         self.refreshes = 0
-        self.observer: Callable[[Tensor, Kept], None] | None = None
         # The optimizer steps at which Q1 and Q2 were last updated.
         self._q1_step = self._q2_step = -1
         self._warned = False
-        self._last: _Last | None = None
-        self.width: int | None = None
         if width is not None:
             self._fit(width)
 
@@ -119,7 +119,7 @@ class Subspace:
         if not due_q2:
             return
         with torch.autocast(x_MN.device.type, enabled=False):
-            generator = self._generator(x_MN.device)
+            generator = self.generator(self.refreshes, x_MN.device)
             q1_NR = self._principal(x_MN, generator) if due_q1 else self._q1(x_MN)
             if q1_NR is None:
                 return
@@ -170,55 +170,27 @@ class Subspace:
                 stacklevel=2,
             )
 
-    def _generator(self, device: torch.device) -> torch.Generator:
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        key = f"{self.seed}/{self.name}/{self.refreshes}/{rank}".encode()
-        seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
-        return torch.Generator(device=device).manual_seed(seed)
-
     # --- the estimator: what ops ask -----------------------------------------------
 
-    @torch.no_grad()
-    def keep(self, x: Tensor, dtype: torch.dtype | None = None) -> Kept:
-        """Z = X P (line 16 of Algorithm 1), for ``x`` of shape (..., n), in ``dtype``.
+    def compress(self, x_MN: Tensor, dtype: torch.dtype) -> Kept:
+        """Z = X P (line 16 of Algorithm 1), for (M, n), in ``dtype`` and then in the rank's bits."""
+        if self.observer is None or self.p_NR is None:
+            self.update(x_MN)
+        assert self.p_NR is not None
+        if self.p_NR.dtype != dtype or self.p_NR.device != x_MN.device:
+            self.p_NR = self.p_NR.to(device=x_MN.device, dtype=dtype)
+        tensors, z = self.storage.compress(x_MN.to(dtype) @ self.p_NR, dtype)
+        assert isinstance(z, Rounded)
+        return Kept(tensors, Projected(self.p_NR, z))
 
-        Layers that read the same tensor get the same Z: the last one is remembered for as
-        long as both it and its input are alive (Section 5.1, "Subspace Sharing").
-        """
-        dtype = dtype or x.dtype
-        kept = self._remembered(x, dtype)
-        if kept is None:
-            x_MN = x.reshape(-1, x.shape[-1])
-            if self.observer is None or self.p_NR is None:
-                self.update(x_MN)
-            assert self.p_NR is not None
-            if self.p_NR.dtype != dtype or self.p_NR.device != x.device:
-                self.p_NR = self.p_NR.to(device=x.device, dtype=dtype)
-            with torch.autocast(x.device.type, enabled=False):
-                kept = Kept((x_MN.to(dtype) @ self.p_NR,), self.p_NR)
-            self._last = _Last(weakref.ref(x), x._version, self.clock.step, weakref.ref(kept.tensors[0]), self.p_NR)
-        if self.observer is not None:
-            self.observer(x, kept)
-        return kept
+    def label(self) -> str:
+        """``r1+r2 of n``, and the bits of Z."""
+        rank = f"{self.r1}+{self.r2} of {self.width}"
+        return rank if self.storage.bits is None else f"{rank}, {self.storage.label()}"
 
-    def _remembered(self, x: Tensor, dtype: torch.dtype) -> Kept | None:
-        last = self._last
-        if last is None or last.x() is not x or (last.version, last.step) != (x._version, self.clock.step):
-            return None
-        z_MR = last.z_MR()
-        return Kept((z_MR,), last.p_NR) if z_MR is not None and z_MR.dtype == dtype else None
-
-    @staticmethod
-    def weight_grad(dy_MO: Tensor, kept: Kept) -> Tensor:
-        """The estimate dW = dYᵀ X̃ = (dYᵀ Z) Pᵀ, shape (O, n): two thin products, X̃ is never built."""
-        (z_MR,) = kept.tensors
-        return (dy_MO.mT @ z_MR) @ kept.basis.mT
-
-    @staticmethod
-    def reconstruct(kept: Kept) -> Tensor:
-        """The estimate X̃ = Z Pᵀ, shape (M, n): equation (7)."""
-        (z_MR,) = kept.tensors
-        return z_MR @ kept.basis.mT
+    def bytes_per_token(self, itemsize: int) -> int:
+        """Bytes of a row of Z."""
+        return bytes_per_token(self.r1 + self.r2, self.storage.bits, itemsize)
 
     # --- state -----------------------------------------------------------------------
 
@@ -246,9 +218,8 @@ class Subspace:
         self.refreshes = state["refreshes"]
         self._last = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Subspace:
-        twin = copy.copy(self)
-        memo[id(self)] = twin
-        twin.clock = copy.deepcopy(self.clock, memo)
-        twin._last = twin.observer = None
+    def __deepcopy__(self, memo: dict[int, Any]) -> Estimator:
+        twin = super().__deepcopy__(memo)
+        assert isinstance(twin, Subspace)
+        twin.storage = copy.deepcopy(self.storage, memo)
         return twin

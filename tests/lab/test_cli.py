@@ -40,7 +40,7 @@ def test_bad_input_is_one_line(error, tmp_path):
     assert "no file or folder missing.txt" in error("--data", "missing.txt", *out)
     assert "holds no text" in error("--data", str(empty), *out)
     assert "must be at most 1" in error("--linear", "1.5,0.2", *out)
-    assert "not R1,R2 or R1,R2,K or none" in error("--linear", "lots", *out)
+    assert "not R1,R2 or R1,R2,K" in error("--linear", "lots", *out)
     assert "T1 must be a whole number" in error("--T1", "0", *out)
     assert "unrecognized arguments: --stepz" in error("--stepz", "3", *out)
     assert "steps must be at least 1" in error("--steps", "0", *out)

@@ -9,11 +9,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prac.config import KINDS, PRESETS, Config, Rank
+from prac.config import PRESETS, Bits, Config, Keep, Rank
 from prac.lab import models
 from prac.lab.options import Options
 
 METHODS = ("plain", *PRESETS)
+KEPT = {
+    "linear": "the input of each linear layer: a rank as fractions (0.3,0.3) or counts (64,64), a rank with its "
+    "product in few bits (0.3,0.3@8bits), every direction in few bits (4bits), or none to leave them alone",
+    "norm": "the input of each norm, likewise",
+    "activation": "the input of each activation function, likewise",
+    "group": "what a norm and the linear layers behind it keep together, likewise; none for the paper's way",
+}
 
 EXAMPLES = """
 examples:
@@ -27,6 +34,8 @@ examples:
       fine-tune a pretrained model on a folder of text files
   prac train --method paper --linear 0.2,0.4 --norm none --activation none
       your own ranks
+  prac train --method lean --group 0.2,0.2@8bits --activation 8bits
+      your own mixture of ranks and bits
 """
 
 
@@ -86,11 +95,11 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
 
 def _add_compression(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to compress (defaults: those of the method; without effect on plain)")
-    for kind in KINDS:
-        scale = "[,K]" if kind == "linear" else ""
-        group.add_argument(f"--{kind}", type=_rank, default=argparse.SUPPRESS, metavar=f"R1,R2{scale}",
-            help=f"rank for the input of each {kind}: fractions (0.3,0.3), counts (64,64), or none to leave them alone",
-        )  # fmt: skip
+    for kind, what in KEPT.items():
+        group.add_argument(f"--{kind}", type=_keep, default=argparse.SUPPRESS, metavar="HOW", help=what)
+    group.add_argument("--attention-bits", type=int, default=argparse.SUPPRESS, metavar="N",
+        help="keep q, k, v and the output of attention in 8 or 4 bits",
+    )  # fmt: skip
     group.add_argument("--T1", type=int, metavar="N", help="optimizer steps between refreshes of the principal basis")
     group.add_argument("--T2", type=int, metavar="N", help="optimizer steps between refreshes of the random basis")
     group.add_argument("--growth", type=float, metavar="SHARE",
@@ -120,20 +129,22 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quiet", action="store_true", help="no table at the end")
 
 
-def _rank(text: str) -> Rank | None:
-    """``0.3,0.3`` or ``64,64`` or ``0.3,0.3,1.2`` or ``none``."""
+def _keep(text: str) -> Keep | None:
+    """``0.3,0.3`` or ``64,64`` or ``0.3,0.3,1.2``, with ``@8bits`` for Z; ``4bits``; or ``none``."""
     if text == "none":
         return None
+    rank, _, bits = text.partition("@") if not text.endswith("bits") or "@" in text else ("", "@", text)
     try:
-        numbers = [int(part) if part.strip().isdecimal() else float(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (2, 3):
-        raise argparse.ArgumentTypeError(f"{text!r} is not R1,R2 or R1,R2,K or none")
-    try:
-        return Rank(*numbers)
+        stored = Bits(int(bits.removesuffix("bits"))) if bits else None
+        if not rank:
+            return stored
+        numbers = [int(part) if part.strip().isdecimal() else float(part) for part in rank.split(",")]
+        if len(numbers) in (2, 3):
+            return Rank(numbers[0], numbers[1], float((*numbers, 1.0)[2]), stored)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        if not str(error).startswith(("invalid literal", "could not convert")):
+            raise argparse.ArgumentTypeError(str(error)) from error
+    raise argparse.ArgumentTypeError(f"{text!r} is not R1,R2 or R1,R2,K (perhaps with @8bits), nor 4bits, nor none")
 
 
 def config(arguments: argparse.Namespace, method: str, seed: int) -> Config | None:
@@ -146,7 +157,7 @@ def config(arguments: argparse.Namespace, method: str, seed: int) -> Config | No
     changes: dict[str, Any] = {"seed": seed if arguments.config_seed is None else arguments.config_seed}
     for source in (defaults, given):
         changes |= {field: value for field, value in source.items() if value is not None}
-    changes |= {kind: getattr(arguments, kind) for kind in KINDS if hasattr(arguments, kind)}
+    changes |= {name: getattr(arguments, name) for name in (*KEPT, "attention_bits") if hasattr(arguments, name)}
     return PRESETS[method].replace(**changes)
 
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from prac.config import PRESETS
 
 # Okabe and Ito's palette, told apart with any colour vision; grey for the baseline.
-PALETTE = ("#8a8a8a", "#0a84c6", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+PALETTE = ("#8a8a8a", "#0a84c6", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c564b")
 COLOURS = {method: PALETTE[index % len(PALETTE)] for index, method in enumerate(("plain", *PRESETS))}
 INK = "#012345"  # stands for the page's text colour until the SVG is made
 STYLE: dict[str, Any] = {

@@ -9,14 +9,20 @@ from torch import Tensor, nn
 
 from prac.config import Kind
 from prac.layers.base import Compressed, Match
-from prac.ops import ACTIVATIONS, Activation, activation
+from prac.ops import ACTIVATIONS, Activation, activated, activation
+from prac.source import mark
+from prac.stored import Stored
 
 
 class ElementWise(Compressed):
-    """Keeps Z = X P in place of X (and of whatever the original's formula keeps)."""
+    """Keeps Z = X P, or X in few bits, in place of X (and of whatever the original's formula keeps).
+
+    From few bits the output can be had again, so that a linear layer which reads it keeps nothing. From a
+    projection it could not: that would be a bias in the weight's gradient.
+    """
 
     kind: ClassVar[Kind] = "activation"
-    _function: Activation
+    _prac_function: Activation
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., m) to (..., m)."""
@@ -24,7 +30,9 @@ class ElementWise(Compressed):
         if not self._compresses(x):
             y: Tensor = original(x)
             return y
-        return activation(x, self._function, self.subspaces["x"], compute=original)
+        estimator = self.estimators["x"]
+        h = activation(x, self._prac_function, estimator, compute=original)
+        return mark(h, activated(estimator.keep(x), self._prac_function)) if isinstance(estimator, Stored) else h
 
 
 @torch.no_grad()
@@ -52,4 +60,4 @@ def recognise(module: nn.Module) -> Match | str | None:
     if function is None:
         return "an activation, but its values are not those of GELU (exact or tanh) or SiLU"
     # Its width is that of whatever comes along.
-    return Match(ElementWise, {"x": None}, {"_function": function})
+    return Match(ElementWise, {"x": None}, {"_prac_function": function})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prac.config import Kind
-from prac.subspace import Subspace
+from prac.estimator import Estimator
 
 
 class Compressed(nn.Module):
@@ -22,13 +22,12 @@ class Compressed(nn.Module):
 
     kind: ClassVar[Kind]
     statistics: ClassVar[int] = 0  # numbers per token kept exactly, beside Z
-    subspaces: dict[str, Subspace]  # one for each tensor the layer keeps
+    estimators: dict[str, Estimator]  # one for each tensor the layer keeps
 
     def extra_repr(self) -> str:
-        """The original's, and the rank."""
-        ranks = {f"{s.r1}+{s.r2}" for s in self.subspaces.values() if s.width is not None}
-        rank = f"rank={'/'.join(sorted(ranks))}" if ranks else ""
-        return ", ".join(filter(None, [super().extra_repr(), rank]))
+        """The original's, and how the input is kept."""
+        labels = {e.label() for e in self.estimators.values() if e.width is not None}
+        return ", ".join(filter(None, [super().extra_repr(), *(f"kept={label}" for label in sorted(labels))]))
 
     def _compresses(self, *tensors: Tensor | None) -> bool:
         wanted = any(t is not None and t.requires_grad for t in tensors)
@@ -43,28 +42,35 @@ class Match:
     inputs: dict[str, int | None]  # the tensors it keeps, by name, and their widths where known
     attributes: dict[str, Any] = field(default_factory=dict)  # what its forward has to know
     shareable: bool = False  # it keeps its own input, so its neighbours may read the same tensor
+    grouped: type[Compressed] | None = None  # the layer to use where a norm shares its x̂ with those that read it
 
 
 _swapped: dict[tuple[type[Compressed], type[nn.Module]], type[nn.Module]] = {}
 
 
-def swap(module: nn.Module, match: Match, subspaces: dict[str, Subspace]) -> None:
+def swap(module: nn.Module, match: Match, estimators: dict[str, Estimator]) -> None:
     """Turn ``module`` into a compressed one, in place."""
     original = type(module)
     key = (match.layer, original)
     if key not in _swapped:
         _swapped[key] = type(f"Prac{original.__name__}", key, {"__module__": original.__module__})
     module.__class__ = _swapped[key]
-    module.subspaces = subspaces  # type: ignore[assignment]
+    module.estimators = estimators  # type: ignore[assignment]
     for name, value in match.attributes.items():
         setattr(module, name, value)
 
 
 def unswap(module: Compressed, match: Match) -> None:
     """The inverse of :func:`swap`."""
-    for name in ("subspaces", *match.attributes):
-        delattr(module, name)
+    for name in ("estimators", "_prac_group", *match.attributes):
+        vars(module).pop(name, None)
     module.__class__ = type(module).__bases__[1]
+
+
+def overhears(module: nn.Module) -> bool:
+    """Whether somebody hooked on to the module, and would miss a call that is made without it."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(not getattr(hook, "only_counts", False) for table in hooks for hook in table.values())
 
 
 def overrides_forward(module: nn.Module) -> bool:

@@ -2,38 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from prac.config import Kind
-from prac.layers.base import Compressed, Match
-from prac.ops import linear
+from prac.layers.base import Compressed, Match, overhears
+from prac.ops import Normed, linear, norm_linears
+from prac.source import source_of
 
 
 class Linear(Compressed):
-    """Keeps Z = X P in place of X for its weight's gradient."""
+    """Keeps Z = X P in place of X for its weight's gradient, or nothing where X can be had from what others keep."""
 
     kind: ClassVar[Kind] = "linear"
     weight: Tensor
     bias: Tensor | None
+    # All the layers, this one too, that alone read the output of one norm; empty for any other layer.
+    _prac_group: Sequence[Linear] = ()
+
+    def parameters_ON(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (o, n) and bias (o,)."""
+        return self.weight, self.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) to (..., o)."""
+        source = source_of(x) if self.training and torch.is_grad_enabled() else None
+        if isinstance(source, Normed):
+            if self._prac_group and not any(overhears(layer) for layer in self._prac_group if layer is not self):
+                return self._with_group(x, source)
+            source = source.kept(x.dtype)
         if not self._compresses(self.weight):
             y: Tensor = super().forward(x)
             return y
-        return linear(x, self.weight, self.bias, self.subspaces["x"])
+        return linear(x, *self.parameters_ON(), source or self.estimators["x"])
+
+    def _with_group(self, x: Tensor, normed: Normed) -> Tensor:
+        """The first layer called computes the outputs of all, in one operation, and hands out the others'."""
+        if id(self) not in normed.outputs:
+            layers = [layer.parameters_ON() for layer in self._prac_group]
+            outputs = norm_linears(x, normed, layers, [layer.estimators.get("y") for layer in self._prac_group])
+            normed.outputs.update(zip(map(id, self._prac_group), outputs, strict=True))
+        return normed.outputs.pop(id(self))
 
 
 class Conv1D(Linear):
     """The same with its weight stored as (n, o), as GPT-2 has it."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., n) to (..., o)."""
-        if not self._compresses(self.weight):
-            return super().forward(x)
-        return linear(x, self.weight.mT, self.bias, self.subspaces["x"])
+    def parameters_ON(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (o, n) and bias (o,)."""
+        return self.weight.mT, self.bias
 
 
 def recognise(module: nn.Module) -> Match | str | None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from prac.config import Kind
 from prac.layers.base import Compressed, Match
-from prac.ops import layer_norm, rms_norm
+from prac.ops import Norm, layer_norm, normalise, rms_norm
+from prac.source import mark
 
 
 class LayerNorm(Compressed):
@@ -20,7 +21,7 @@ class LayerNorm(Compressed):
     statistics: ClassVar[int] = 2
     weight: Tensor | None
     bias: Tensor | None
-    eps: float
+    _prac_norm: Norm
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) to (..., n)."""
@@ -28,7 +29,7 @@ class LayerNorm(Compressed):
         if not self._compresses(x, self.weight, self.bias):
             y: Tensor = original(x)
             return y
-        return layer_norm(x, self.weight, self.bias, self.eps, self.subspaces["x"], compute=original)
+        return layer_norm(x, self.weight, self.bias, self._prac_norm.eps, self.estimators["x"], compute=original)
 
 
 class RMSNorm(Compressed):
@@ -37,8 +38,7 @@ class RMSNorm(Compressed):
     kind: ClassVar[Kind] = "norm"
     statistics: ClassVar[int] = 1
     weight: Tensor | None
-    _eps: float
-    _offset: float
+    _prac_norm: Norm
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) to (..., n)."""
@@ -46,8 +46,33 @@ class RMSNorm(Compressed):
         if not self._compresses(x, self.weight):
             y: Tensor = original(x)
             return y
-        subspace = self.subspaces["x"]
-        return rms_norm(x, self.weight, self._eps, subspace, offset=self._offset, compute=original)
+        estimator, norm = self.estimators["x"], self._prac_norm
+        return rms_norm(x, self.weight, norm.eps, estimator, offset=norm.offset, compute=original)
+
+
+class SharedNorm(Compressed):
+    """Either norm, keeping its x̂ and the exact inverse deviation for itself and all who read its output."""
+
+    kind: ClassVar[Kind] = "norm"
+    statistics: ClassVar[int] = 1
+    weight: Tensor | None
+    bias: Tensor | None
+    _prac_norm: Norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) to (..., n)."""
+        bias = getattr(self, "bias", None)
+        if not self._compresses(x, self.weight, bias):
+            y: Tensor = super().forward(x)
+            return y
+        y, normed = normalise(x, self.weight, bias, self._prac_norm, self.estimators["x"], self._dtype(x))
+        return mark(y, normed)
+
+    def _dtype(self, x: Tensor) -> torch.dtype:
+        """Of the output, as the original has it."""
+        if self._prac_norm.centered:
+            return torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+        return x.dtype if self.weight is None else torch.promote_types(x.dtype, self.weight.dtype)
 
 
 def recognise(module: nn.Module) -> Match | str | None:
@@ -57,7 +82,8 @@ def recognise(module: nn.Module) -> Match | str | None:
             return "a LayerNorm with a forward of its own"
         if len(module.normalized_shape) != 1:
             return f"normalises over {len(module.normalized_shape)} dimensions; only the last one is supported"
-        return Match(LayerNorm, {"x": module.normalized_shape[0]})
+        norm = Norm(module.eps, 0.0, True)
+        return Match(LayerNorm, {"x": module.normalized_shape[0]}, {"_prac_norm": norm}, grouped=SharedNorm)
     if not type(module).__name__.endswith("Norm") or any(module.children()):
         return None
     weight = getattr(module, "weight", None)
@@ -66,8 +92,7 @@ def recognise(module: nn.Module) -> Match | str | None:
     formula = _rms_formula(module, weight.numel())
     if formula is None:
         return "a norm, but its output is not that of an RMSNorm"
-    eps, offset = formula
-    return Match(RMSNorm, {"x": weight.numel()}, {"_eps": eps, "_offset": offset})
+    return Match(RMSNorm, {"x": weight.numel()}, {"_prac_norm": Norm(*formula, False)}, grouped=SharedNorm)
 
 
 @torch.no_grad()

@@ -51,10 +51,17 @@ def track_kept(model: nn.Module) -> Iterator[KeptBytes]:
         return tensor
 
     def enter(name: str) -> Any:
-        return lambda module, args: running.append(name)
+        def hook(module: nn.Module, args: Any) -> None:
+            running.append(name)
+
+        hook.only_counts = True  # type: ignore[attr-defined]
+        return hook
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         running.pop()
+
+    # Layers that run as one operation do so also while they are counted.
+    leave.only_counts = True  # type: ignore[attr-defined]
 
     hooks = []
     for name, module in model.named_modules():

@@ -2,7 +2,26 @@
 
 from prac.ops.elementwise import ACTIVATIONS, Activation, activation
 from prac.ops.glu import glu
+from prac.ops.group import norm_linears
 from prac.ops.linear import linear
+from prac.ops.mlp import norm_mlp
 from prac.ops.norm import layer_norm, rms_norm
+from prac.ops.normed import Norm, Normed, normalise
+from prac.ops.recompute import activated, product
 
-__all__ = ["ACTIVATIONS", "Activation", "activation", "glu", "layer_norm", "linear", "rms_norm"]
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "Norm",
+    "Normed",
+    "activated",
+    "activation",
+    "glu",
+    "layer_norm",
+    "linear",
+    "norm_linears",
+    "norm_mlp",
+    "normalise",
+    "product",
+    "rms_norm",
+]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prac.estimator import Estimator, Kept
+from prac.estimator import Estimator
 from prac.ops.function import Gradients, apply, backward
 
 
@@ -19,6 +19,7 @@ from prac.ops.function import Gradients, apply, backward
 class Activation:
     """An element-wise function and its backward ``(dy, x) -> dx``."""
 
+    name: str
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
 
@@ -26,11 +27,16 @@ class Activation:
 _gelu_backward = torch.ops.aten.gelu_backward.default
 
 ACTIVATIONS: dict[str, Activation] = {
-    "silu": Activation(F.silu, torch.ops.aten.silu_backward.default),
-    "gelu": Activation(F.gelu, _gelu_backward),
-    "gelu_tanh": Activation(
-        functools.partial(F.gelu, approximate="tanh"), functools.partial(_gelu_backward, approximate="tanh")
-    ),
+    function.name: function
+    for function in (
+        Activation("silu", F.silu, torch.ops.aten.silu_backward.default),
+        Activation("gelu", F.gelu, _gelu_backward),
+        Activation(
+            "gelu_tanh",
+            functools.partial(F.gelu, approximate="tanh"),
+            functools.partial(_gelu_backward, approximate="tanh"),
+        ),
+    )
 }
 
 
@@ -60,10 +66,10 @@ class _Elementwise(torch.autograd.Function):
     ) -> Tensor:
         kept = estimator.keep(x)
         ctx.save_for_backward(*kept.tensors)
-        ctx.basis, ctx.estimator, ctx.function, ctx.shape = kept.basis, estimator, function, x.shape
+        ctx.form, ctx.function, ctx.shape = kept.form, function, x.shape
         return compute(x)
 
     @backward
     def backward(ctx: Any, dy: Tensor) -> Gradients:
-        x = ctx.estimator.reconstruct(Kept(ctx.saved_tensors, ctx.basis)).view(ctx.shape)
+        x = ctx.form.reconstruct(ctx.saved_tensors).view(ctx.shape)
         return ctx.function.backward(dy.to(x.dtype), x), None, None, None

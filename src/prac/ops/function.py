@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,23 @@ def apply(op: type[torch.autograd.Function], *args: Any) -> Tensor:
     """``op.apply(*args)``, typed."""
     y: Tensor = op.apply(*args)
     return y
+
+
+def save(ctx: Any, **groups: Sequence[Tensor | None]) -> None:
+    """``save_for_backward`` for tensors in named groups of any length."""
+    ctx.groups = {name: len(tensors) for name, tensors in groups.items()}
+    ctx.save_for_backward(*itertools.chain.from_iterable(groups.values()))
+
+
+def saved(ctx: Any) -> dict[str, tuple[Any, ...]]:
+    """What :func:`save` saved."""
+    tensors = iter(ctx.saved_tensors)
+    return {name: tuple(itertools.islice(tensors, count)) for name, count in ctx.groups.items()}
+
+
+def cast(tensor: Any, dtype: torch.dtype) -> Any:
+    """``tensor.to(dtype)``, also for no tensor."""
+    return None if tensor is None else tensor.to(dtype)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -40,14 +58,14 @@ def backward(compute: Callable[..., Gradients]) -> Any:
     once = once_differentiable(compute)
 
     @functools.wraps(compute)
-    def run(ctx: Any, dy: Tensor) -> Gradients:
+    def run(ctx: Any, *dys: Tensor) -> Gradients:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "create_graph=True through a layer compressed by prac: its gradients are estimates and cannot be "
                 "differentiated twice. Exclude the layers this goes through, or call handle.restore() before it."
             )
-        with torch.autocast(dy.device.type, enabled=False):
-            gradients: Gradients = once(ctx, dy)
+        with torch.autocast(dys[0].device.type, enabled=False):
+            gradients: Gradients = once(ctx, *dys)
             return gradients
 
     return staticmethod(run)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prac.estimator import Estimator, Kept
+from prac.estimator import Estimator
 from prac.ops.elementwise import Activation
-from prac.ops.function import Gradients, apply, backward
+from prac.ops.function import Gradients, apply, backward, save, saved
 
 
 def glu(
@@ -52,19 +52,18 @@ class _GLU(torch.autograd.Function):
     ) -> Tensor:
         kept_g = keep_g.keep(g)  # both gradients need it
         kept_u = keep_u.keep(u) if ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(*kept_g.tensors, *(kept_u.tensors if kept_u else ()))
-        ctx.split = len(kept_g.tensors)
-        ctx.bases = (kept_g.basis, kept_u.basis if kept_u else None)
-        ctx.estimators, ctx.function, ctx.shape = (keep_g, keep_u), function, g.shape
+        save(ctx, g=kept_g.tensors, u=kept_u.tensors if kept_u else ())
+        ctx.forms = (kept_g.form, kept_u.form if kept_u else None)
+        ctx.function, ctx.shape = function, g.shape
         return compute(g) * u
 
     @backward
     def backward(ctx: Any, dy: Tensor) -> Gradients:
-        (keep_g, keep_u), (basis_g, basis_u), saved = ctx.estimators, ctx.bases, ctx.saved_tensors
-        g = keep_g.reconstruct(Kept(saved[: ctx.split], basis_g)).view(ctx.shape)
+        (form_g, form_u), kept = ctx.forms, saved(ctx)
+        g = form_g.reconstruct(kept["g"]).view(ctx.shape)
         dg = du = None
         if ctx.needs_input_grad[0]:
-            u = keep_u.reconstruct(Kept(saved[ctx.split :], basis_u)).view(ctx.shape)
+            u = form_u.reconstruct(kept["u"]).view(ctx.shape)
             dg = ctx.function.backward((dy * u).to(g.dtype), g)
         if ctx.needs_input_grad[1]:
             du = ctx.function.forward(g) * dy

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prac.estimator import Estimator, Kept
-from prac.ops.function import Gradients, apply, autocast_dtype, backward
+from prac.ops.function import Gradients, apply, autocast_dtype, backward, cast, save, saved
 
 
-def linear(x: Tensor, weight_ON: Tensor, bias_O: Tensor | None, estimator: Estimator) -> Tensor:
+def linear(x: Tensor, weight_ON: Tensor, bias_O: Tensor | None, keep: Estimator | Kept) -> Tensor:
     """``F.linear`` that keeps a compressed ``x`` for the weight's gradient (Algorithm 2).
 
     ``y`` and ``dx = dy W`` are exact; ``dW = dyᵀ x̃`` is as unbiased as ``x̃`` is (Lemma 3).
@@ -21,36 +21,39 @@ def linear(x: Tensor, weight_ON: Tensor, bias_O: Tensor | None, estimator: Estim
         x: (..., n), any floating dtype; under autocast it is cast as ``F.linear`` would.
         weight_ON: (o, n).
         bias_O: (o,) or None.
-        estimator: keeps ``x``; not asked where the weight needs no gradient.
+        keep: compresses ``x``, or what is kept of ``x`` already. Not asked where the weight needs
+            no gradient.
     """
-    return apply(_Linear, x, weight_ON, bias_O, estimator)
+    return apply(_Linear, x, weight_ON, bias_O, keep)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_ON: Tensor, bias_O: Tensor | None, estimator: Estimator) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight_ON: Tensor, bias_O: Tensor | None, keep: Estimator | Kept) -> Tensor:
         x_needs_grad, weight_needs_grad = ctx.needs_input_grad[:2]
         dtype = autocast_dtype(x)
-        kept = estimator.keep(x, dtype) if weight_needs_grad else None
-        ctx.save_for_backward(weight_ON if x_needs_grad else None, *(kept.tensors if kept else ()))
-        ctx.basis = kept.basis if kept else None
-        ctx.estimator, ctx.shape = estimator, x.shape
+        kept = None
+        if weight_needs_grad:
+            kept = keep if isinstance(keep, Kept) else keep.keep(x, dtype)
+        save(ctx, weight=(weight_ON if x_needs_grad else None,), kept=kept.tensors if kept else ())
+        ctx.form, ctx.shape = (kept.form if kept else None), x.shape
         ctx.dtypes = (x.dtype, weight_ON.dtype, None if bias_O is None else bias_O.dtype)
         # Cast here rather than by autocast itself: its cache would hand a cast made without
         # grad to later users of the same weight. Backward casts again, and so saves a copy.
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), weight_ON.to(dtype), None if bias_O is None else bias_O.to(dtype))
+            return F.linear(x.to(dtype), weight_ON.to(dtype), cast(bias_O, dtype))
 
     @backward
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        weight_ON, *tensors = ctx.saved_tensors
+        tensors = saved(ctx)
+        (weight_ON,) = tensors["weight"]
         dy_MO = dy.reshape(-1, dy.shape[-1])
         dx = dw_ON = db_O = None
         if ctx.needs_input_grad[0]:
             dx = (dy_MO @ weight_ON.to(dy.dtype)).view(ctx.shape).to(x_dtype)
         if ctx.needs_input_grad[1]:
-            dw_ON = ctx.estimator.weight_grad(dy_MO, Kept(tuple(tensors), ctx.basis)).to(weight_dtype)
+            dw_ON = ctx.form.weight_grad(dy_MO, tensors["kept"]).to(weight_dtype)
         if ctx.needs_input_grad[2]:
             db_O = dy_MO.sum(0).to(bias_dtype)
         return dx, dw_ON, db_O, None

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prac.estimator import Estimator, Kept
+from prac.estimator import Estimator
 from prac.ops.function import Gradients, apply, backward
 
 
@@ -99,8 +99,8 @@ class _Norm(torch.autograd.Function):
         ctx.save_for_backward(
             weight_N if ctx.needs_input_grad[0] else None, mu_M1, rho_M1, *(kept.tensors if kept else ())
         )
-        ctx.basis = kept.basis if kept else None
-        ctx.estimator, ctx.offset, ctx.shape = estimator, offset, x.shape
+        ctx.form = kept.form if kept else None
+        ctx.offset, ctx.shape = offset, x.shape
         ctx.dtypes = (x.dtype, *(None if t is None else t.dtype for t in (weight_N, bias_N)))
         return compute(x)
 
@@ -112,9 +112,9 @@ class _Norm(torch.autograd.Function):
         g_MN = dy.reshape(-1, dy.shape[-1])
         if ctx.needs_input_grad[2]:
             db_N = g_MN.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(bias_dtype)
-        if ctx.basis is not None:
+        if ctx.form is not None:
             g_MN = g_MN.to(rho_M1.dtype)
-            x_MN = ctx.estimator.reconstruct(Kept(tuple(tensors), ctx.basis)).to(rho_M1.dtype)
+            x_MN = ctx.form.reconstruct(tuple(tensors)).to(rho_M1.dtype)
             xhat_MN = (x_MN if mu_M1 is None else x_MN - mu_M1) * rho_M1
             if ctx.needs_input_grad[1]:
                 dw_N = (g_MN * xhat_MN).sum(0).to(weight_dtype)

@@ -1,0 +1,104 @@
+"""Element-wise work in one pass over memory, through ``torch.compile`` where that pays.
+
+A function decorated with :func:`fused` is plain PyTorch, and tested as such. On tensors large
+enough to be worth it, ``torch.compile`` turns it into one kernel: C++ on CPU, Triton on CUDA.
+Small tensors run as written, and so does everything where no compiler is found (one warning says
+so) or where the environment says ``PRAC_COMPILE=0``.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Below this many elements the kernels are not what takes the time.
+WORTHWHILE = 2**18
+# A kernel made for one number of tokens is up to four times as fast (on CPU) as one for any; but
+# batches whose length changes at every step must not compile at every step.
+EXACT_LENGTHS = 4
+
+_broken = False
+
+
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a function whose first argument is a tensor of (tokens, features).
+
+    There is a kernel for each combination of features, dtypes, devices and other arguments, and for
+    each of the first :data:`EXACT_LENGTHS` numbers of tokens; one more takes any number of tokens.
+    """
+    kernels: dict[Any, Callable[..., Any]] = {}
+    lengths: dict[Any, set[int]] = {}
+
+    def kernel(args: tuple[Any, ...]) -> Callable[..., Any]:
+        key, tokens = tuple(_static(a) for a in args), args[0].shape[0]
+        seen = lengths.setdefault(key, set())
+        if tokens in seen or len(seen) < EXACT_LENGTHS:
+            seen.add(tokens)
+            key = (key, tokens)
+        else:
+            _free_tokens(args, tokens)
+        if key not in kernels:
+            # torch.compile counts its kernels by code object and gives up after a few; a copy has its own count.
+            code = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+            kernels[key] = torch.compile(code, dynamic=False)
+        return kernels[key]
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        if not _worthwhile(args[0]):
+            return function(*args)
+        try:
+            return kernel(args)(*args)
+        except Exception as error:  # whatever the compiler may raise: the plain function does the same
+            result = function(*args)
+            _give_up(function.__name__, error)
+            return result
+
+    return run
+
+
+def _worthwhile(x: Tensor) -> bool:
+    return (
+        x.numel() >= WORTHWHILE
+        and x.device.type in ("cpu", "cuda")
+        and not _broken
+        and os.environ.get("PRAC_COMPILE", "1") != "0"
+        # Fake tensors have nothing to gain, and a surrounding compilation takes the function in by itself.
+        and type(x) is Tensor
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _give_up(name: str, error: Exception) -> None:
+    global _broken
+    _broken = True
+    reason = (str(error).strip() or "no message").splitlines()[0]
+    warnings.warn(
+        f"prac runs without fused kernels, more slowly: torch.compile failed on {name} "
+        f"({type(error).__name__}: {reason}). On CPU it needs a C++ compiler. PRAC_COMPILE=0 silences this.",
+        stacklevel=3,
+    )
+
+
+def _static(value: Any) -> Any:
+    """What of an argument decides the kernel."""
+    if isinstance(value, Tensor):
+        return (tuple(value.shape[1:]), value.dtype, value.device, value.is_contiguous())
+    if isinstance(value, tuple):
+        return tuple(_static(v) for v in value)
+    return value
+
+
+def _free_tokens(args: tuple[Any, ...], tokens: int) -> None:
+    for a in args:
+        if isinstance(a, tuple):
+            _free_tokens(a, tokens)
+        elif isinstance(a, Tensor) and a.dim() > 1 and a.shape[0] == tokens:
+            torch._dynamo.maybe_mark_dynamic(a, 0)

@@ -1,0 +1,128 @@
+"""From the norm's input to the output of the down projection: an MLP as one operation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prac.config import Bits
+from prac.ops import kernels
+from prac.ops.function import Gradients, apply, autocast_dtype, backward, cast, save, saved
+from prac.ops.group import Parameters, group_grads
+from prac.ops.normed import Normed
+
+
+def norm_mlp(
+    y: Tensor,
+    normed: Normed,
+    into: Sequence[Parameters],
+    down: Parameters,
+    function: str,
+    bits: Bits | None,
+    *,
+    is_gated: bool,
+    gate_first: bool = True,
+) -> Tensor:
+    """``f(g) u Wᵀ + b``, or ``f(a) Wᵀ + b``, with g, u and a linear in a norm's output.
+
+    Keeps the norm's x̂ and g and u, or a, in ``bits``, rounded to nearest since f follows. The
+    hidden h = f(g) u is computed again from them for the gradient of ``down``, and so is the
+    exact scalar of the norm. The output is exact. The gradients are those at the rounded g and u:
+    off by about the rounding's own relative error (half a percent for 8 bits, 9% for 4) on the part
+    of the gradient that goes through the MLP.
+
+    Args:
+        y: the norm's output, (..., n).
+        normed: what :func:`prac.ops.normed.normalise` returned with it.
+        into: weight and bias of gate and up, of one layer for both, or of the one layer of an MLP without gate.
+        down: weight (o, k) and bias.
+        function: a name in :data:`prac.ops.ACTIVATIONS`.
+        bits: of g and u, or a; None keeps them in full.
+        is_gated: whether there is a product.
+        gate_first: where one layer gives both, whether the gate is its first half.
+    """
+    flat = [t for layer in (*into, down) for t in layer]
+    setting = (function, bits, is_gated, gate_first)
+    return apply(_NormMLP, normed.x, normed.weight, normed.bias, y.detach(), normed, setting, *flat)
+
+
+class _NormMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight_N: Tensor | None,
+        bias_N: Tensor | None,
+        y: Tensor,
+        normed: Normed,
+        setting: tuple[str, Bits | None, bool, bool],
+        *layers: Any,  # weights and biases in turn
+    ) -> Tensor:
+        function, bits, is_gated, gate_first = setting
+        weights, biases = layers[::2], layers[1::2]
+        dtype = autocast_dtype(y)
+        with torch.autocast(y.device.type, enabled=False):
+            y_MN = y.to(dtype).reshape(-1, y.shape[-1])
+            zs = [F.linear(y_MN, w.to(dtype), cast(b, dtype)) for w, b in zip(weights[:-1], biases[:-1], strict=True)]
+            if is_gated:
+                g_MK, u_MK = zs if len(zs) == 2 else _halves(zs[0], gate_first)
+                h_MK, *stored = kernels.gated(g_MK, u_MK, function, bits)
+            else:
+                h_MK, *stored = kernels.activated(zs[0], function, bits)
+            del zs
+            out = F.linear(h_MK, weights[-1].to(dtype), cast(biases[-1], dtype))
+        kept = normed.kept(dtype)
+        exact = normed.exact and ctx.needs_input_grad[0]
+        save(
+            ctx,
+            y=kept.tensors,
+            xhat=normed.xhat.tensors,
+            rho=(normed.rho_M1,),
+            norm=(weight_N, bias_N),
+            weights=weights,
+            biases=biases if exact else [],
+            g=stored[0],
+            u=stored[1] if is_gated else (),
+        )
+        ctx.y, ctx.xhat, ctx.norm, ctx.exact, ctx.setting = kept.form, normed.xhat.form, normed.norm, exact, setting
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        ctx.biases = [None if b is None else b.dtype for b in biases]
+        return out.view(*y.shape[:-1], -1)
+
+    @backward
+    def backward(ctx: Any, dout: Tensor) -> Gradients:
+        tensors = saved(ctx)
+        function, bits, is_gated, gate_first = ctx.setting
+        needs_down, needs_down_bias = ctx.needs_input_grad[-2:]
+        dout_MO = dout.reshape(-1, dout.shape[-1])
+        *into, down_OK = tensors["weights"]
+        dh_MK = dout_MO @ down_OK.to(dout.dtype)
+        if is_gated:
+            h_MK, dg_MK, du_MK, scalar_M1 = kernels.gated_backward(
+                dh_MK, tensors["g"], tensors["u"], bits, function, ctx.exact
+            )
+            rows = [dg_MK, du_MK] if len(into) == 2 else [torch.cat([dg_MK, du_MK][:: 1 if gate_first else -1], dim=1)]
+            del dg_MK, du_MK
+        else:
+            h_MK, da_MK, scalar_M1 = kernels.activated_backward(dh_MK, tensors["g"], bits, function, ctx.exact)
+            rows = [da_MK]
+            del da_MK
+        del dh_MK
+        ddown_OK = (dout_MO.mT @ h_MK).to(down_OK.dtype) if needs_down else None
+        del h_MK
+        if ctx.exact:
+            for dz_MO, bias_O in zip(rows, tensors["biases"], strict=False):
+                if bias_O is not None:
+                    scalar_M1 = scalar_M1 - (dz_MO @ bias_O.to(dz_MO.dtype)).unsqueeze(1)
+        norm, grads = group_grads(ctx, tensors, rows, ctx.biases, scalar_M1, first=6)
+        dbias_O = dout_MO.sum(0).to(ctx.biases[-1]) if needs_down_bias else None
+        return *norm, None, None, None, *grads, ddown_OK, dbias_O
+
+
+def _halves(z_MK: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
+    first, second = z_MK.chunk(2, dim=1)
+    return (first, second) if gate_first else (second, first)

@@ -1,0 +1,53 @@
+"""Outputs of element-wise layers, computed again from what is kept of their inputs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from prac.estimator import Form, Kept, Tensors
+from prac.ops.elementwise import Activation
+
+
+class Activated(NamedTuple):
+    """The form of ``f(x)`` where x is what is kept."""
+
+    x: Form
+    function: Activation
+
+    def reconstruct(self, tensors: Tensors) -> Tensor:
+        """``f(x̃)``, (M, n)."""
+        return self.function.forward(self.x.reconstruct(tensors))
+
+    def weight_grad(self, dy_MO: Tensor, tensors: Tensors) -> Tensor:
+        """``dyᵀ f(x̃)``, (O, n)."""
+        return dy_MO.mT @ self.reconstruct(tensors).to(dy_MO.dtype)
+
+
+class Product(NamedTuple):
+    """The form of ``f(g) u`` where g and u are what is kept, g in the first ``split`` tensors."""
+
+    g: Form
+    u: Form
+    split: int
+    function: Activation
+
+    def reconstruct(self, tensors: Tensors) -> Tensor:
+        """``f(g̃) ũ``, (M, n)."""
+        g_MN = self.g.reconstruct(tensors[: self.split])
+        return self.function.forward(g_MN) * self.u.reconstruct(tensors[self.split :])
+
+    def weight_grad(self, dy_MO: Tensor, tensors: Tensors) -> Tensor:
+        """``dyᵀ (f(g̃) ũ)``, (O, n)."""
+        return dy_MO.mT @ self.reconstruct(tensors).to(dy_MO.dtype)
+
+
+def activated(kept: Kept, function: Activation) -> Kept:
+    """What is kept of ``function(x)``, where ``kept`` is of x."""
+    return Kept(kept.tensors, Activated(kept.form, function))
+
+
+def product(g: Kept, u: Kept, function: Activation) -> Kept:
+    """What is kept of ``function(g) u``."""
+    return Kept((*g.tensors, *u.tensors), Product(g.form, u.form, len(g.tensors), function))

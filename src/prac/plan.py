@@ -1,0 +1,140 @@
+"""Who keeps what: from the config and the structure of a model to an estimator for every tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from prac.clock import Clock
+from prac.config import Bits, Config, Keep, Rank
+from prac.estimator import Estimator
+from prac.layers import MLP, ElementWise, Match
+from prac.stored import Stored
+from prac.structure import Structure
+from prac.subspace import Subspace
+
+# For the exact scalar of a norm whose x̂ is kept at a rank, its readers' outputs are rounded without bias. Four
+# bits leave a relative error of 0.13 / √n in the scalar.
+SCALAR = Bits(4)
+
+
+class Source(NamedTuple):
+    """From what a layer's input can be had, so that it keeps none: whose tensor, and which."""
+
+    name: str
+    what: str
+
+
+class Plan:
+    """The policy applied to one model.
+
+    With ``config.group`` a tensor is kept once, by whoever makes it, and those that read it take it from there:
+    a norm's x̂ serves the linear layers behind it, g and u (or the input of a GELU) serve the projection that
+    reads what is computed from them, and what attention keeps serves the projection of its output.
+    Without, every layer keeps its own input, and only linear layers share.
+    """
+
+    def __init__(self, config: Config, chosen: dict[str, Match], structure: Structure) -> None:
+        self.config, self.structure = config, structure
+        self.left_to_others: dict[str, str] = {}
+        together = config.group is not None
+        self._matches = dict(chosen)
+        self._readers = {
+            norm: [name for name in structure.readers(norm) if name in chosen and chosen[name].shareable]
+            for norm, match in chosen.items()
+            if together and match.layer.kind == "norm"
+        }
+        self._as_one: dict[str, list[str]] = {}
+        for name in [n for n, match in chosen.items() if match.layer is MLP]:
+            self._settle_mlp(name)
+        self._sources = self._find_sources() if together else {}
+        for name, match in chosen.items():
+            if self._keep(name) is None and name not in self._sources and name not in self.left_to_others:
+                self.left_to_others[name] = f"the config leaves {match.layer.kind} layers alone"
+        self._leaders: dict[Any, Estimator] = {}
+
+    def _settle_mlp(self, name: str) -> None:
+        """An MLP takes over its activation; one without a gate only where it can run as one operation."""
+        match = self._matches[name]
+        roles = match.attributes["_prac_roles"]
+        inside = [f"{name}.{child}" for child in (*roles.into, roles.down)]
+        norm = next((n for n, readers in self._readers.items() if readers and set(inside[:-1]) <= set(readers)), None)
+        if norm is not None and isinstance(self.config.activation, Bits) and inside[-1] in self._matches:
+            self._as_one[name] = inside
+        if roles.gated or name in self._as_one:
+            if roles.original:
+                self.left_to_others[f"{name}.{roles.original}"] = "runs inside its MLP"
+        else:
+            self.left_to_others[name] = "its layers are compressed one by one"
+
+    def _find_sources(self) -> dict[str, Source]:
+        sources: dict[str, Source] = {}
+        for norm, readers in self._readers.items():
+            sources |= dict.fromkeys(readers, Source(norm, "x̂"))
+        for name, match in self._matches.items():
+            if name in self.left_to_others or not isinstance(self.config.activation, Bits):
+                continue
+            if match.layer is MLP:
+                roles = match.attributes["_prac_roles"]
+                sources[f"{name}.{roles.down}"] = Source(name, "g and u" if roles.gated else "its hidden layer")
+            elif match.layer is ElementWise:
+                readers = [r for r in self.structure.readers(name) if r in self._matches]
+                sources |= dict.fromkeys(readers, Source(name, "its input"))
+        for name, match in self._matches.items():
+            if match.shareable and name in self.structure.keeps_input:
+                sources.setdefault(name, Source("", "attention"))
+        return {name: source for name, source in sources.items() if name in self._matches}
+
+    def qualifies(self, norm: str) -> bool:
+        """Whether every use of a norm's output is a linear layer that takes it from the norm."""
+        return bool(self._readers[norm]) and self.structure.edges.get(norm) == len(self._readers[norm])
+
+    def groups(self) -> list[list[str]]:
+        """The linear layers that read the output of the same norm, for each norm that has any."""
+        return [readers for readers in self._readers.values() if readers]
+
+    def sources(self) -> dict[str, Source]:
+        """For every layer that keeps no input of its own, where it has it from."""
+        return self._sources
+
+    def _keep(self, name: str) -> Keep | None:
+        kind = self._matches[name].layer.kind
+        if kind == "norm" and name in self._readers and self.qualifies(name):
+            return self.config.group
+        return self.config.keep(kind)
+
+    def layer(self, name: str, clock: Clock) -> tuple[Match, dict[str, Estimator]]:
+        """The layer to swap in, and its estimators."""
+        match = self._matches[name]
+        if self.config.group is not None and match.grouped is not None:
+            match = dataclasses.replace(match, layer=match.grouped)
+        source = self._sources.get(name)
+        estimators: dict[str, Estimator] = {}
+        for tensor, known_width in match.inputs.items():
+            width = known_width or self.structure.width.get(name)
+            full_name = name if tensor == "x" else f"{name}:{tensor}"
+            if source is not None:
+                # Used only where the source is not what the probe saw: then x is kept once more, in full where it is
+                # there anyway.
+                bits = None if source.what == "attention" else Bits(8)
+                estimators[tensor] = Stored(bits, clock, unbiased=True, name=full_name, seed=self.config.seed)
+                continue
+            estimator = self._estimator(self._keep(name), match.layer.kind != "activation", width, full_name, clock)
+            shared = match.shareable and name in self.structure.reads
+            estimators[tensor] = (
+                self._leaders.setdefault(self.structure.reads[name], estimator) if shared else estimator
+            )
+        in_mlp = any(name in inside for inside in self._as_one.values())
+        if source is not None and source.what == "x̂" and not in_mlp and isinstance(self._keep(source.name), Rank):
+            bits = None if name in self.structure.keeps_output else SCALAR
+            estimators["y"] = Stored(bits, clock, unbiased=True, name=f"{name}:y", seed=self.config.seed)
+        return match, estimators
+
+    def _estimator(self, keep: Keep | None, linear: bool, width: int | None, name: str, clock: Clock) -> Estimator:
+        config = self.config
+        if isinstance(keep, Bits):
+            return Stored(keep, clock, unbiased=linear, name=name, seed=config.seed, width=width)
+        assert keep is not None
+        return Subspace(
+            keep, clock, width=width, T1=config.T1, T2=config.T2, growth=config.growth, name=name, seed=config.seed
+        )

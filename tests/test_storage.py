@@ -1,0 +1,168 @@
+"""Few-bit storage: error bounds, bytes, and what unbiased rounding promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import Steps, assert_mean, odd_shapes
+from torch import Tensor
+
+from prac.config import Bits
+from prac.storage import bytes_per_token, dither, layout, load, store
+from prac.stored import Stored
+
+every_width = pytest.mark.parametrize("bits", [2, 4, 8])
+
+
+def values(m: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Rows of very different sizes, some with an offset, one of them constant, one zero."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, n, generator=generator, dtype=torch.float64)
+    x *= 10 ** torch.linspace(-4, 3, m, dtype=torch.float64)[:, None]
+    x[1::3] += 5
+    x[0], x[m // 2] = 0, 3.25
+    return x.to(dtype)
+
+
+def noise(m: int, n: int, bits: Bits, seed: int) -> tuple[Tensor, Tensor]:
+    return dither(m, n, bits, torch.device("cpu"), torch.Generator().manual_seed(seed))
+
+
+def again(x: Tensor, bits: Bits, seed: int | None = None) -> Tensor:
+    """What comes back."""
+    tensors = store(x, bits, None if seed is None else noise(*x.shape, bits, seed))
+    return load(tensors[0], tensors[1:], bits, x.shape[1], x.dtype)
+
+
+def steps_of(x: Tensor, bits: Bits) -> Tensor:
+    """The size of a step of the code at every entry, in float64."""
+    group, _ = layout(x.shape[1], bits)
+    _, _, step = store(x, bits)
+    return step.double().repeat_interleave(group, dim=1)[:, : x.shape[1]]
+
+
+@every_width
+@pytest.mark.parametrize("n", [3, 19, 57, 64, 97, 192, 344])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_every_value_is_within_its_step(bits: int, n: int, dtype: torch.dtype) -> None:
+    """Half a step to the nearest code, one step otherwise; and the step is that of the group's own range."""
+    form = Bits(bits)
+    x = values(11, n, dtype=dtype)
+    rounding = 4 * torch.finfo(dtype).eps * x.double().abs() + 1e-30
+    step = steps_of(x, form)
+    assert ((again(x, form).double() - x.double()).abs() <= 0.5 * step + rounding).all()
+    assert ((again(x, form, seed=1).double() - x.double()).abs() <= step + rounding).all()
+
+    extent = (x.double().amax(1) - x.double().amin(1) + x.double().abs().amax(1) * 2**-7) / (2**bits - 1)
+    assert (step <= 1.02 * extent[:, None] + 1e-30).all()
+
+
+@every_width
+def test_bytes_are_what_was_promised(bits: int) -> None:
+    """A 4-bit value takes half a byte, and a group of 64 four bytes more."""
+    for n in (3, 19, 57, 97, 192, 1024, 2736):
+        form = Bits(bits)
+        kept = sum(t.numel() * t.element_size() for t in store(values(5, n), form))
+        assert kept == 5 * bytes_per_token(n, form, 8)
+    assert bytes_per_token(1024, Bits(bits), 4) == 1024 * bits // 8 + 1024 // 64 * 4
+    assert bytes_per_token(100, None, 4) == bytes_per_token(100, Bits(32), 4) == 400
+    assert bytes_per_token(100, Bits(16), 4) == 200
+
+
+def test_groups_suit_vector_units_where_the_width_allows() -> None:
+    assert [layout(n, Bits(4)) for n in (1024, 2736, 192, 80, 57)] == [
+        (64, 1024), (48, 2736), (64, 192), (16, 80), (58, 58)
+    ]  # fmt: skip
+
+
+@every_width
+def test_stochastic_rounding_is_unbiased(bits: int) -> None:
+    """Over a fine grid of u the mean is x to the grid's own resolution: no statistics needed."""
+    form, x, count = Bits(bits, group=16), values(7, 37, seed=bits), 500
+    _, width = layout(37, form)
+    total = torch.zeros_like(x)
+    for u in (torch.arange(count, dtype=x.dtype) + 0.5) / count:
+        codes, *scales = store(x, form, (torch.full((7, 1), u), torch.zeros(width)))
+        total += load(codes, tuple(scales), form, 37, x.dtype)
+    assert ((total / count - x).abs() <= steps_of(x, form) / count + 1e-12 * x.abs()).all()
+    assert not ((again(x, form) - x).abs() <= steps_of(x, form) / count + 1e-12 * x.abs()).all()
+
+
+@every_width
+def test_the_random_numbers_are_uniform_and_drive_an_unbiased_sum(bits: int) -> None:
+    """A weighted sum over a whole tensor, 2,000 draws: its mean within 4 standard errors."""
+    form, x = Bits(bits, group=16), values(7, 37, seed=bits)[1:] / 100
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+    assert_mean(torch.stack([(again(x, form, seed) * weights).sum() for seed in range(2000)]), (x * weights).sum())
+    u = torch.cat([sum(noise(30, 50, form, seed)).frac().flatten() for seed in range(20)])
+    counts = torch.histc(u, 20, 0, 1)
+    assert ((counts / u.numel() - 0.05).abs() < 0.015).all()
+
+
+@every_width
+def test_rounding_errors_are_uncorrelated(bits: int) -> None:
+    """The variance of anything linear, a sum over a rectangle even, is that of independent rounding: within 10%.
+
+    4,000 draws give the ratio to 2.2% (one standard error, errors of near-Gaussian sums).
+    """
+    x = values(8, 24, seed=5)[1:4] / 100
+    form = Bits(bits, group=8)
+    errors = torch.stack([again(x, form, seed) - x for seed in range(4000)])
+    generator = torch.Generator().manual_seed(0)
+    for weights in (torch.ones_like(x), torch.randn(x.shape, generator=generator, dtype=x.dtype)):
+        together = (errors * weights).sum((1, 2)).var()
+        apart = (errors.var(0) * weights.square()).sum()
+        assert abs(together / apart - 1) < 0.1
+    # Every pair of entries: correlations of 4,000 draws are within 5.5 / √4000 of zero (Bonferroni over 2,556 pairs).
+    flat = errors.flatten(1)
+    correlation = torch.corrcoef(flat[:, flat.std(0) > 0].T)
+    off = correlation - torch.diag(correlation.diag())
+    assert off.abs().max() < 5.5 / 4000**0.5
+
+
+@every_width
+def test_bad_values_stay_visible(bits: int) -> None:
+    """NaN and Inf come back as such, in their group at least; other tokens are not touched."""
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x = values(5, 40, dtype=torch.float32)
+        x[2, 7] = bad
+        y = again(x, Bits(bits))
+        assert not y[2, 7].isfinite()
+        assert y[[0, 1, 3, 4]].isfinite().all()
+
+
+def test_sixteen_and_thirty_two_bits() -> None:
+    x = values(4, 21, dtype=torch.float32)
+    assert torch.equal(again(x, Bits(16)), x.bfloat16().float())
+    assert again(x, Bits(32)).data_ptr() == x.data_ptr()
+
+
+def test_estimator_draws_anew_and_repeats_itself() -> None:
+    """Two calls differ; the same seed, step and call do not; a resumed run goes on as it would have."""
+    clock = Steps()
+    x = values(6, 30, dtype=torch.float32)
+    draw = lambda e: e.keep(x.clone()).reconstruct()  # noqa: E731
+    one, two = (Stored(Bits(4), clock, unbiased=True, name="a", seed=1) for _ in range(2))
+    first, second = draw(one), draw(one)
+    assert not torch.equal(first, second)
+    assert torch.equal(draw(two), first) and torch.equal(draw(two), second)
+    clock.step = 7
+    resumed = Stored(Bits(4), clock, unbiased=True, name="a", seed=1)
+    later = draw(one)
+    assert torch.equal(later, draw(resumed)) and not torch.equal(later, first)
+    assert not torch.equal(draw(Stored(Bits(4), Steps(), unbiased=True, name="b", seed=1)), first)
+
+
+@pytest.mark.parametrize("shape", odd_shapes())
+def test_estimator_on_odd_shapes(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    kept = Stored(Bits(8), Steps(), unbiased=False).keep(x)
+    dy = torch.randn(x[..., 0].numel(), 5, dtype=torch.float64)
+    torch.testing.assert_close(kept.reconstruct(), x.reshape(-1, shape[-1]), atol=0.03, rtol=0)
+    torch.testing.assert_close(kept.weight_grad(dy), dy.T @ kept.reconstruct())
+
+
+@pytest.mark.parametrize("wrong", [{"bits": 3}, {"bits": 0}, {"group": 2}, {"group": 16.0}])
+def test_bad_settings(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        Bits(**wrong)
