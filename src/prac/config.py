@@ -12,8 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["linear", "norm", "activation"]
-KINDS: tuple[Kind, ...] = ("linear", "norm", "activation")
+Kind = Literal["linear", "norm", "activation", "attention"]
 
 
 @dataclass(frozen=True)
@@ -161,6 +160,8 @@ class Config:
 
     def keep(self, kind: Kind) -> Keep | None:
         """How one kind of layer keeps its input, or None where that kind is left alone."""
+        if kind == "attention":
+            return None if self.attention_bits is None else Bits(self.attention_bits)
         keep: Keep | None = getattr(self, kind)
         return keep
 
@@ -187,7 +188,7 @@ def _keep(value: Any) -> Any:
 
 
 PRESETS: dict[str, Config] = {
-    "lean": Config(linear=Bits(4), norm=Bits(8), activation=Bits(4), group=Bits(4)),
+    "lean": Config(linear=Bits(8), norm=Bits(8), activation=Bits(8), group=Bits(4)),
     "fast": Config(linear=Bits(8), norm=Bits(8), activation=Bits(8), group=Rank(0.2, 0.2)),
     "small": Config(linear=Bits(4), norm=Bits(4), activation=Bits(4), group=Bits(2), attention_bits=4),
     # Section 5.1: r1 = r2 = 0.3n for linear layers, 0.2n for norms and activations.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from prac.clock import Clock
 from prac.config import Config, as_config
 from prac.estimator import Estimator
 from prac.handle import Handle
-from prac.layers import Compressed, Match, recognise, swap
+from prac.layers import Compressed, Match, attention, overrides_forward, recognise, swap
 from prac.plan import Plan
 from prac.structure import Example, Structure, example_for, probe
 
@@ -71,6 +72,9 @@ def compress(
 
     example = example if example is not None else example_for(model)
     structure = Structure() if example is None else probe(model, list(matches), example)
+    for name, widths in structure.attention.items():
+        if name not in found or not isinstance(found[name], Match):
+            matches[name] = attention.match(widths)
     heads = structure.heads | _output_embeddings(model, modules)
 
     def why_not(name: str, match: Match) -> str | None:
@@ -78,6 +82,11 @@ def compress(
         module, kind = modules[name], match.layer.kind
         parent = modules.get(name.rpartition(".")[0])
         width = structure.width.get(name) or next(iter(match.inputs.values()))
+        if kind == "attention":
+            if config.keep(kind) is None:
+                return ""  # nothing to say of it: nobody asked
+            if overrides_forward(module):
+                return "its forward was replaced on the instance; compress first"
         if excluded(module, name):
             return "excluded"
         if include is not None:
@@ -95,6 +104,13 @@ def compress(
             return f"width {width} is below min_width = {config.min_width}"
         return None
 
+    if config.attention_bits is not None and example is not None and not structure.attention:
+        warnings.warn(
+            f"attention_bits = {config.attention_bits} has no effect on this {type(model).__name__}: "
+            "no module of it calls torch's scaled_dot_product_attention. With transformers, load it with "
+            "attn_implementation='sdpa'.",
+            stacklevel=2,
+        )
     reasons = {name: why_not(name, match) for name, match in matches.items()}
     chosen = {name: match for name, match in matches.items() if reasons[name] is None}
     plan = Plan(config, chosen, structure)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 # Below this many elements the kernels are not what takes the time.
-WORTHWHILE = 2**18
+WORTHWHILE = 2**16
 # A kernel made for one number of tokens is up to four times as fast (on CPU) as one for any; but
 # batches whose length changes at every step must not compile at every step.
 EXACT_LENGTHS = 4

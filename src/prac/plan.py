@@ -119,14 +119,17 @@ class Plan:
                 bits = None if source.what == "attention" else Bits(8)
                 estimators[tensor] = Stored(bits, clock, unbiased=True, name=full_name, seed=self.config.seed)
                 continue
-            estimator = self._estimator(self._keep(name), match.layer.kind != "activation", width, full_name, clock)
+            # What is followed by a nonlinearity: the inputs of activations, and q and k of attention.
+            nonlinear = match.layer.kind == "activation" or tensor in ("q", "k")
+            estimator = self._estimator(self._keep(name), not nonlinear, width, full_name, clock)
             shared = match.shareable and name in self.structure.reads
             estimators[tensor] = (
                 self._leaders.setdefault(self.structure.reads[name], estimator) if shared else estimator
             )
         in_mlp = any(name in inside for inside in self._as_one.values())
         if source is not None and source.what == "x̂" and not in_mlp and isinstance(self._keep(source.name), Rank):
-            bits = None if name in self.structure.keeps_output else SCALAR
+            anyway = name in self.structure.keeps_output and self.config.attention_bits is None
+            bits = None if anyway else SCALAR
             estimators["y"] = Stored(bits, clock, unbiased=True, name=f"{name}:y", seed=self.config.seed)
         return match, estimators
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -28,6 +30,8 @@ class Structure:
     edges: dict[str, int] = field(default_factory=dict)  # how many operations use its output
     keeps_input: set[str] = field(default_factory=set)  # what it read is kept by something else as well
     keeps_output: set[str] = field(default_factory=set)  # and so is what it returned
+    # Modules that call torch's attention, with the features of its q, k and v, all heads together.
+    attention: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
     def readers(self, name: str) -> list[str]:
         """The modules that read what ``name`` returned."""
@@ -43,6 +47,8 @@ def probe(model: nn.Module, names: Sequence[str], example: Example) -> Structure
     reads: dict[str, Tensor] = {}
     writes: dict[str, Any] = {}
     inside: list[str] = []  # the watched modules that are running
+    running = [""]  # and all
+    structure = Structure()
     kept_by_others: dict[int, Tensor] = {}
 
     def enter(name: str) -> Callable[..., None]:
@@ -68,6 +74,9 @@ def probe(model: nn.Module, names: Sequence[str], example: Example) -> Structure
         return tensor
 
     hooks: list[Any] = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda module, args, name=name: running.append(name)))
+        hooks.append(module.register_forward_hook(lambda module, args, output: (running.pop(), None)[1]))
     for name in names:
         module = model.get_submodule(name)
         hooks += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave(name))]
@@ -77,13 +86,13 @@ def probe(model: nn.Module, names: Sequence[str], example: Example) -> Structure
             torch.enable_grad(),
             torch.random.fork_rng(),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            _WatchAttention(lambda widths: structure.attention.setdefault(running[-1], widths)),
         ):
             output = call(model, example)
     finally:
         for hook in hooks:
             hook.remove()
 
-    structure = Structure()
     outputs = _tensors(output)
     results = {id(t) for t in outputs}
     samples = {t.shape[0] for t in _tensors(example) if t.dim() > 0}
@@ -106,6 +115,23 @@ def probe(model: nn.Module, names: Sequence[str], example: Example) -> Structure
         if x.numel() // x.shape[-1] in samples and tokens not in samples:
             structure.per_sample.add(name)
     return structure
+
+
+class _WatchAttention(TorchFunctionMode):
+    """Calls ``seen(widths)`` whenever ``F.scaled_dot_product_attention`` is called."""
+
+    def __init__(self, seen: Callable[[tuple[int, int, int]], Any]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            names = ("query", "key", "value")
+            q, k, v = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
+            if q.dim() == k.dim() == v.dim() == 4:
+                self.seen((q.shape[1] * q.shape[3], k.shape[1] * k.shape[3], v.shape[1] * v.shape[3]))
+        return func(*args, **kwargs)
 
 
 def _uses(outputs: Sequence[Tensor]) -> dict[Any, int]:

@@ -4,10 +4,11 @@ from torch import nn
 
 from prac.layers import activation, linear, mlp, norm
 from prac.layers.activation import ElementWise
+from prac.layers.attention import Attention
 from prac.layers.base import Compressed, Match, overrides_forward, swap, unswap
 from prac.layers.mlp import MLP
 
-__all__ = ["MLP", "Compressed", "ElementWise", "Match", "recognise", "swap", "unswap"]
+__all__ = ["MLP", "Attention", "Compressed", "ElementWise", "Match", "overrides_forward", "recognise", "swap", "unswap"]
 
 
 def recognise(module: nn.Module) -> Match | str | None:
