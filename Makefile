@@ -7,9 +7,9 @@ READY := $(VENV)/.ready
 .PHONY: train test check format clean
 .DEFAULT_GOAL := train
 
-## train: train a small LLaMA on English with and without PRAC, and compare
+## train: train a small LLaMA on English plainly, with the paper's PRAC and with lean, and compare
 train: $(READY)
-	$(BIN)/prac train --method plain paper --out runs/demo --overwrite
+	$(BIN)/prac train --method plain paper lean --out runs/demo --overwrite
 
 ## test: everything that decides whether a change is right
 test: $(READY)

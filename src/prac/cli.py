@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from prac.lab import command
+from prac.lab import bench_command, command
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     command.add_parser(commands)
+    bench_command.add_parser(commands)
     return top
 
 

@@ -23,7 +23,7 @@ Filter = str | Sequence[str] | Callable[[nn.Module, str], bool]
 
 def compress(
     model: nn.Module,
-    config: Config | str = "paper",
+    config: Config | str = "lean",
     *,
     include: Filter | None = None,
     exclude: Filter | None = None,
@@ -31,13 +31,15 @@ def compress(
 ) -> Handle:
     """Make ``model`` keep compressed activations for backward, in place.
 
-    Outputs stay what they were, to the bit; gradients become estimates. Parameters, hooks,
-    names and ``state_dict`` do not change, so any optimizer, trainer and checkpoint works as
-    before. Compress before ``torch.compile``, DDP or FSDP wrap the model, and after PEFT.
+    Outputs stay what they were (to the bit, or with ``config.group`` to rounding); gradients
+    become estimates. Parameters, hooks, names and ``state_dict`` do not change, so any optimizer,
+    trainer and checkpoint works as before. Compress before ``torch.compile``, DDP or FSDP wrap the
+    model, and after PEFT.
 
-    Layers that read the same tensor (q, k, v; gate, up) share one subspace and one Z. Which
-    do is found by running the model once on ``example``; Hugging Face models make their own.
-    Without one it is found during the first forward pass.
+    Layers that read the same tensor (q, k, v; gate, up) keep it once, and with ``config.group``
+    together with the norm before them. Which do is found by running the model once on ``example``;
+    Hugging Face models make their own. Without one it is found during the first forward pass,
+    save for attention and for norms that could be kept at a rank.
 
     Embeddings are left alone, and so are, unless ``include`` names them, output heads and
     layers that see one row per sample, such as a pooler.

@@ -92,10 +92,9 @@ def store(x_MN: Tensor, bits: Bits | None, dither: Dither | None = None) -> Tens
         x_MN = torch.cat([x_MN, x_MN[:, -1:].expand(m, width - n)], dim=1)
     x_MGS = x_MN.reshape(m, width // group, group)
     low_MG1 = x_MGS.amin(-1, keepdim=True)
-    low_MG1 = (low_MG1 - low_MG1.abs() * 2**-8).to(torch.bfloat16)
-    range_MG1 = x_MGS.amax(-1, keepdim=True) - low_MG1
-    step_MG1 = (range_MG1 * ((1 + 2**-7) / top)).to(torch.bfloat16)
-    inverse_MG1 = torch.where(step_MG1 == 0, 0.0, 1.0 / step_MG1.to(x_MN.dtype))
+    low_MG1 = _bfloat16(low_MG1 - low_MG1.abs() * 2**-8)
+    step_MG1 = _bfloat16((x_MGS.amax(-1, keepdim=True) - low_MG1) * ((1 + 2**-7) / top))
+    inverse_MG1 = torch.where(step_MG1 == 0, 0.0, 1.0 / step_MG1)
     codes_MGS = (x_MGS - low_MG1) * inverse_MG1
     if dither is None:
         codes_MGS = codes_MGS + 0.5
@@ -103,7 +102,8 @@ def store(x_MN: Tensor, bits: Bits | None, dither: Dither | None = None) -> Tens
         u_MN = dither[0] + dither[1]
         codes_MGS = codes_MGS + (u_MN - u_MN.floor()).reshape(m, width // group, group)
     codes_MN = codes_MGS.floor().clamp(0, top).to(torch.uint8).reshape(m, width)
-    return _pack(codes_MN, bits.bits), low_MG1.squeeze(-1), step_MG1.squeeze(-1)
+    low_MG, step_MG = (t.squeeze(-1).to(torch.bfloat16) for t in (low_MG1, step_MG1))
+    return _pack(codes_MN, bits.bits), low_MG, step_MG
 
 
 def load(codes_MB: Tensor, scales: Tensors, bits: Bits | None, n: int, dtype: torch.dtype) -> Tensor:
@@ -111,11 +111,22 @@ def load(codes_MB: Tensor, scales: Tensors, bits: Bits | None, n: int, dtype: to
     if bits is None or bits.bits >= 16:
         return codes_MB.to(dtype)
     low_MG, step_MG = scales
-    m, (group, _) = codes_MB.shape[0], layout(n, bits)
+    m, (group, width) = codes_MB.shape[0], layout(n, bits)
     work = torch.promote_types(dtype, torch.float32)
-    codes_MGS = _unpack(codes_MB, bits.bits).reshape(m, -1, group).to(work)
+    codes_MN = _unpack(codes_MB, bits.bits) if width == n else _unpack_slowly(codes_MB, bits.bits)
+    codes_MGS = codes_MN.reshape(m, -1, group).to(work)
     x_MGS = codes_MGS * step_MG.to(work).unsqueeze(-1) + low_MG.to(work).unsqueeze(-1)
     return x_MGS.reshape(m, -1)[:, :n].to(dtype)
+
+
+def _bfloat16(x: Tensor) -> Tensor:
+    """``x`` rounded to the nearest bfloat16, in its own dtype.
+
+    By its bits, because a compiler may leave out a conversion there and back, and then the codes
+    would be made with other scales than those that are kept.
+    """
+    bits = x.to(torch.float32).view(torch.int32)
+    return ((bits + 0x8000) & -0x10000).view(torch.float32).to(x.dtype)
 
 
 def _pack(codes_MN: Tensor, bits: int) -> Tensor:
@@ -131,3 +142,9 @@ def _unpack(packed_MB: Tensor, bits: int) -> Tensor:
         return packed_MB
     mask = 2**bits - 1
     return torch.cat([(packed_MB >> (i * bits)) & mask for i in range(8 // bits)], dim=1)
+
+
+def _unpack_slowly(packed_MB: Tensor, bits: int) -> Tensor:
+    """The same, for rows that are cut off afterwards: inductor (torch 2.13, CPU) reads past a cat that is cut."""
+    shifts_P1 = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed_MB.device).unsqueeze(1)
+    return ((packed_MB.unsqueeze(1) >> shifts_P1) & (2**bits - 1)).flatten(1)

@@ -48,8 +48,8 @@ def test_bad_input_is_one_line(error, tmp_path):
 
 def test_a_rank_beyond_the_width_is_one_line(error, tmp_path, corpus_file):
     line = error(
-        "--linear", "200,100", "--data", str(corpus_file), "--tokenizer", "bpe:300", "--out", str(tmp_path / "run"),
-        "--steps", "1", "--batch-size", "8", "--seq-len", "32",
+        "--method", "paper", "--linear", "200,100", "--data", str(corpus_file), "--tokenizer", "bpe:300",
+        "--steps", "1", "--batch-size", "8", "--seq-len", "32", "--out", str(tmp_path / "run"),
     )  # fmt: skip
     assert f"exceeds the width {models.SIZES['llama-tiny'].hidden}" in line
 

@@ -24,11 +24,11 @@ KEPT = {
 
 EXAMPLES = """
 examples:
-  prac train --method plain paper
+  prac train --method plain paper lean
       the demo: a small LLaMA on the State of the Union speeches, with and without compression, side by side
   prac train --method plain paper pac rac --seed 0 1 2 --out runs/table1
       four methods, three seeds each; give --resume to go on after an interruption
-  prac train --model llama-130m --data allenai/c4:en --max-tokens 2600000000 --tokenizer t5-base --method paper --bf16
+  prac train --model llama-130m --data allenai/c4:en --max-tokens 2600000000 --tokenizer t5-base --method lean --bf16
       a row of the paper's Table 2; start it by `torchrun -m prac train …` on several GPUs
   prac train --model path/to/model --data notes/ --method finetune --lr 1e-5
       fine-tune a pretrained model on a folder of text files
@@ -59,8 +59,8 @@ def add_parser(commands: Any) -> None:
 def _add_what(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to train")
     group.add_argument(
-        "--method", nargs="+", default=["paper"], choices=METHODS, metavar="NAME",
-        help=f"{', '.join(METHODS)}; several are run one after the other (default: paper)",
+        "--method", nargs="+", default=["lean"], choices=METHODS, metavar="NAME",
+        help=f"{', '.join(METHODS)}; several are run one after the other (default: lean)",
     )  # fmt: skip
     group.add_argument("--seed", nargs="+", type=int, default=[0], metavar="N",
         help="of weights and data order, the same for every method; several give mean ± spread (default: 0)",

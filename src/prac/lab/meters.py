@@ -1,0 +1,190 @@
+"""What one step of a block costs: bytes kept, bytes at the peak, floating-point operations.
+
+A step is a forward pass and the backward pass from a given gradient of the output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from prac.memory import track_kept
+
+aten = torch.ops.aten
+# torch has none for products in place, nor for attention on CPU. Like those for CUDA, the latter count a causal mask
+# as if it were full.
+FORMULAS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    aten.addmm_: flop_registry[aten.addmm],
+    aten.baddbmm_: flop_registry[aten.baddbmm],
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def clear(block: nn.Module, x: Tensor) -> None:
+    """Free the gradients of a step."""
+    block.zero_grad(set_to_none=True)
+    x.grad = None
+
+
+# --- bytes kept ------------------------------------------------------------------------------
+
+
+def kept_bytes(block: nn.Module, x: Tensor, cached: Collection[OpOverload] = ()) -> int:
+    """Bytes that one forward pass keeps for backward, each storage once, parameters and ``x`` not counted.
+
+    Args:
+        block: called on ``x``.
+        x: the input.
+        cached: operations whose outputs are kept behind autograd's back: selective checkpointing puts them into a
+            cache of its own, which hooks on saved tensors never see.
+    """
+    outputs = _Outputs(cached)
+    # A mode changes how compiled code runs, so none is entered without need.
+    with outputs if cached else nullcontext(), track_kept(block) as kept:
+        block(x)
+    return kept.total + sum(tensor.untyped_storage().nbytes() for tensor in outputs.found.values())
+
+
+class _Outputs(TorchDispatchMode):
+    """Collects the outputs of some operations, one tensor for each storage."""
+
+    def __init__(self, wanted: Collection[OpOverload]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.wanted = frozenset(wanted)
+        self.found: dict[int, Tensor] = {}  # held, so that no address is used twice
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in self.wanted:
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, Tensor):
+                    self.found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return out
+
+
+# --- bytes at the peak -------------------------------------------------------------------------
+
+
+class Allocated(NamedTuple):
+    """Bytes allocated above what was there before the step.
+
+    ``held``: when the forward pass was over, without its output. ``peak``: at the highest point of the step, which
+    includes the gradients of all parameters as far as they were there.
+    """
+
+    held: int
+    peak: int
+
+
+def allocated_bytes(block: nn.Module, x: Tensor, dy: Tensor) -> Allocated:
+    """What one step allocates, as torch's own allocator of the device sees it.
+
+    That includes compiled code and tensors made inside operators, but not what a library takes from the system by
+    itself (oneDNN's scratch space, say).
+    """
+    clear(block, x)
+    return _on_cuda(block, x, dy) if x.device.type == "cuda" else _on_cpu(block, x, dy)
+
+
+def _on_cuda(block: nn.Module, x: Tensor, dy: Tensor) -> Allocated:
+    synchronize(x.device)
+    before = torch.cuda.memory_allocated(x.device)
+    torch.cuda.reset_peak_memory_stats(x.device)
+    y = block(x)
+    held = torch.cuda.memory_allocated(x.device) - before - y.untyped_storage().nbytes()
+    y.backward(dy)
+    synchronize(x.device)
+    return Allocated(held, torch.cuda.max_memory_allocated(x.device) - before)
+
+
+def _on_cpu(block: nn.Module, x: Tensor, dy: Tensor) -> Allocated:
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    # At any lower level the profiler says on stderr that it starts and stops.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "7")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with record_function("prac: forward"):
+            y = block(x)
+        y.backward(dy)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    forward = next(event for event in events if event.get("name") == "prac: forward")
+    now = held = peak = 0
+    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: float(e["ts"])):
+        now += event["args"]["Bytes"]  # negative where freed
+        peak = max(peak, now)
+        if event["ts"] <= forward["ts"] + forward["dur"]:
+            held = now
+    return Allocated(held - y.untyped_storage().nbytes(), peak)
+
+
+# --- operations ----------------------------------------------------------------------------------
+
+
+def step_flops(block: nn.Module, x: Tensor, dy: Tensor) -> int:
+    """Floating-point operations of the matrix products and attention of one step; element-wise work counts nothing."""
+    clear(block, x)
+    with _Flops(x.device) as counter:
+        block(x).backward(dy)
+    return counter.total
+
+
+class _Flops(TorchDispatchMode):
+    """``torch.utils.flop_counter``'s formulas, also inside compiled code and inside the operators of prac.
+
+    ``FlopCounterMode`` makes ``torch.compile`` fall back to eager, and takes a custom operator for one that does no
+    work. Compiled code calls the same matrix products and attention through the dispatcher, so it only has to be let
+    run: that is what an "infra" mode does.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+        key = {"cpu": torch._C.DispatchKey.CPU, "cuda": torch._C.DispatchKey.CUDA}[device.type]
+        self._kernels = torch._C.DispatchKeySet(key)
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not isinstance(func, OpOverload):
+            return func(*args, **kwargs)
+        formula = FORMULAS.get(func._overloadpacket)
+        if formula is None:
+            with self:  # count what it is made of
+                if func.namespace == "prac":
+                    return func.redispatch(self._kernels, *args, **kwargs)
+                if (out := func.decompose(*args, **kwargs)) is not NotImplemented:
+                    return out
+        out = func(*args, **kwargs)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=out)
+        return out

@@ -1,0 +1,125 @@
+"""Compiled kernels give what the plain functions give, and their absence costs nothing but time."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from helpers import relative
+
+from prac import fused as module
+from prac.config import Bits
+from prac.fused import fused
+from prac.ops import kernels
+from prac.storage import dither
+
+
+@pytest.fixture(autouse=True)
+def small_is_worthwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WORTHWHILE", 1)
+    monkeypatch.setattr(module, "_broken", False)
+    monkeypatch.delenv("PRAC_COMPILE", raising=False)
+
+
+def compiled_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of functions as they are compiled."""
+    calls: list[str] = []
+    real = torch.compile
+
+    def spy(function, **kwargs):
+        calls.append(function.__name__)
+        return real(function, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", spy)
+    return calls
+
+
+@pytest.mark.skipif(not torch._inductor.config.cpp.cxx[1], reason="no C++ compiler")
+@pytest.mark.parametrize(("bits", "n"), [(Bits(4), 192), (Bits(4), 57), (Bits(8), 90), (Bits(2, group=16), 90)])
+def test_kernels_agree_with_plain_pytorch(bits: Bits, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way of an MLP's tensors, at odd widths too, to float32 rounding: the codes are the same."""
+    calls = compiled_calls(monkeypatch)
+    m = 37
+    generator = torch.Generator().manual_seed(0)
+    x, g, u, dh = torch.randn(4, m, n, generator=generator)
+    weight, bias = torch.randn(2, n, generator=generator)
+    noise = dither(m, n, bits, x.device, generator)
+
+    def everything() -> list[torch.Tensor]:
+        y, rho, stored = kernels.normalise(x, weight, bias, 1e-5, True, x.dtype, bits, noise)
+        read = kernels.read_normalised(stored[0], stored[1:], bits, n, weight, bias, x.dtype)
+        dx = kernels.norm_input_grad(g, rho, stored, bits, weight, None, True, x.dtype)
+        dw = kernels.norm_weight_grad(g, stored, bits)
+        h, kept_g, kept_u = kernels.gated(g, u, "silu", bits)
+        back = kernels.gated_backward(dh, kept_g, kept_u, bits, "gelu_tanh", True)
+        return [y, rho, read, dx, dw, h, *back, kernels.inner(g, u, bias)]
+
+    fast = everything()
+    assert set(calls) >= {"normalise", "read_normalised", "norm_input_grad", "gated", "gated_backward"}
+    monkeypatch.setenv("PRAC_COMPILE", "0")
+    count = len(calls)
+    plain = everything()
+    assert len(calls) == count
+    for ours, theirs in zip(fast, plain, strict=True):
+        assert relative(ours, theirs) < 1e-5
+
+
+def test_any_number_of_tokens_with_a_bounded_number_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = compiled_calls(monkeypatch)
+
+    @fused
+    def double(x: torch.Tensor, by: float) -> torch.Tensor:
+        return x * by
+
+    for tokens in range(2, 15):
+        x = torch.randn(tokens, 5)
+        assert torch.equal(double(x, 2.0), 2 * x)
+    assert len(calls) == module.EXACT_LENGTHS + 1
+
+
+def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(function, **kwargs):
+        def fail(*args):
+            raise RuntimeError("no C++ compiler here\nand more")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+
+    @fused
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    x = torch.randn(3, 5)
+    with pytest.warns(UserWarning, match=r"without fused kernels.*no C\+\+ compiler here"):
+        assert torch.equal(double(x), 2 * x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(double(x), 2 * x)
+
+
+def test_an_error_of_the_function_itself_is_raised_as_it_is() -> None:
+    @fused
+    def wrong(x: torch.Tensor) -> torch.Tensor:
+        return x @ x
+
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        wrong(torch.randn(3, 5))
+    assert not module._broken
+
+
+def test_small_and_fake_tensors_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    calls = compiled_calls(monkeypatch)
+
+    @fused
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    with FakeTensorMode():
+        assert double(torch.randn(300, 500)).shape == (300, 500)
+    monkeypatch.setattr(module, "WORTHWHILE", 2**16)
+    double(torch.randn(3, 5))
+    assert not calls
