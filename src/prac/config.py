@@ -189,8 +189,8 @@ def _keep(value: Any) -> Any:
 
 PRESETS: dict[str, Config] = {
     "lean": Config(linear=Bits(8), norm=Bits(8), activation=Bits(8), group=Bits(4)),
-    "fast": Config(linear=Bits(8), norm=Bits(8), activation=Bits(8), group=Rank(0.2, 0.2)),
-    "small": Config(linear=Bits(4), norm=Bits(4), activation=Bits(4), group=Bits(2), attention_bits=4),
+    "fast": Config(linear=Bits(8), norm=Bits(8), activation=Bits(8), group=Rank(0.1, 0.1)),
+    "small": Config(linear=Bits(4), norm=Bits(4), activation=Bits(4), group=Bits(4), attention_bits=4),
     # Section 5.1: r1 = r2 = 0.3n for linear layers, 0.2n for norms and activations.
     "paper": Config(),
     # The two limits of Table 1 and Figure 5, at the same total rank as "paper".

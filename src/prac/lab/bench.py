@@ -8,7 +8,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,7 +68,7 @@ class _Subject:
 
 def measure(
     shape: Shape,
-    methods: Sequence[str] = peers.DEFAULTS,
+    methods: Sequence[str] | Mapping[str, Config | None] = peers.DEFAULTS,
     *,
     attention_bits: int | None = None,
     dtype: torch.dtype = torch.float32,
@@ -84,7 +84,7 @@ def measure(
 
     Args:
         shape: of the block.
-        methods: names of :data:`prac.lab.peers.METHODS`.
+        methods: names of :data:`prac.lab.peers.METHODS`; or configs of your own by name, ``plain`` (None) first.
         attention_bits: measure presets with norm groups once more with attention's inputs in so many bits.
         dtype: of weights and activations.
         device: where.
@@ -98,7 +98,7 @@ def measure(
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}.")
-    configs = peers.variants(methods, attention_bits)
+    configs = dict(methods) if isinstance(methods, Mapping) else peers.variants(methods, attention_bits)
     if "compile" in configs:
         torch.compiler.reset()  # torch compiles the same function for a few blocks only, then gives up
     original, (x, dy) = build(shape, dtype=dtype, device=torch.device(device), seed=seed)

@@ -1,0 +1,189 @@
+"""Rank × bits: what it costs to keep the x̂ of the norm groups at a rank, in few bits, or both.
+
+    python benchmarks/frontier.py                      # every run, then the map; goes on where it stopped
+    python benchmarks/frontier.py --seeds 0 --workers 1
+
+x̂ of each norm group is kept as PRAC of rank r (half principal, half random) with Z in 16, 8 or 4 bits, or at full rank
+in 8, 4 or 2 bits; everything else as in `lean`, so that a difference is x̂'s. Then the same for the bits of g and u with
+x̂ in 4. Of each setting:
+
+- loss: `llama-tiny` on the State of the Union speeches, the difference to plain training of the same seed;
+- variance: E‖x̃ − x̂‖² / ‖x̂‖² of the q, k, v groups of the model that plain training made, on text it has not seen, with
+  subspaces from another batch;
+- bytes, operations and time: one block of width 1024 and 2,048 tokens, as `prac bench` measures it.
+
+Writes `results/frontier.json` and `results/frontier.svg`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import statistics
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+import prac
+from prac import PRESETS, Bits, Config, Rank
+from prac.lab import bench, blocks, compare, files, plots, report, results, train
+from prac.lab.command import options as parse_options
+from prac.lab.command import parser as command_parser
+
+HERE = Path(__file__).parent / "results"
+RANKS, RANK_BITS, FULL_BITS = (0.1, 0.3, 0.6), (16, 8, 4), (8, 4, 2)
+LEAN = PRESETS["lean"]
+
+
+def settings() -> dict[str, Config | None]:
+    """Every point of the map, by name."""
+    found: dict[str, Config | None] = {"plain": None, "paper": PRESETS["paper"].replace(growth=0.1, T1=50, T2=50)}
+    for bits in FULL_BITS:
+        found[f"full rank, {bits} bits"] = LEAN.replace(group=Bits(bits))
+    for bits in FULL_BITS[1:]:
+        found[f"4 bits, g and u in {bits}"] = LEAN.replace(activation=Bits(bits))
+    for rank in RANKS:
+        for bits in RANK_BITS:
+            found[f"rank {rank}n, {bits} bits"] = LEAN.replace(group=Rank(rank / 2, rank / 2, bits=Bits(bits)))
+    found["everything in 4 bits"] = PRESETS["small"]
+    return found
+
+
+def spelled(keep: Rank | Bits | None) -> str:
+    """As `prac train` takes it."""
+    if isinstance(keep, Rank):
+        return f"{keep.r1},{keep.r2}" + (f"@{keep.bits.bits}bits" if keep.bits else "")
+    return "none" if keep is None else f"{keep.bits}bits"
+
+
+def command(name: str, config: Config | None) -> list[str]:
+    """The options of `prac train` for one setting."""
+    if config is None or name == "paper":
+        return ["--method", name]
+    kinds = ("group", "linear", "norm", "activation")
+    options = [part for kind in kinds for part in (f"--{kind}", spelled(getattr(config, kind)))]
+    attention = [] if config.attention_bits is None else ["--attention-bits", str(config.attention_bits)]
+    return ["--method", "lean", "--growth", "0", *options, *attention]
+
+
+def losses(arguments: argparse.Namespace) -> dict[str, dict[int, float]]:
+    """The final validation loss of every setting and seed."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    common = ["--steps", str(arguments.steps), "--batch-size", str(arguments.batch_size)]
+    common += ["--save-every", "0", "--eval-every", "0", "--resume", "--quiet"]
+
+    def run(job: tuple[int, str]) -> float:
+        seed, name = job
+        folder = arguments.runs / f"{name.replace(' ', '-').replace(',', '')}-seed{seed}"
+        options = command(name, settings()[name])
+        if compare.launch(["train", *common, *options, "--seed", str(seed), "--out", str(folder)]):
+            raise SystemExit(f"{name} failed; its folder is {folder}")
+        loss: float = report.read_run(folder)["row"]["val_loss"]
+        print(f"{name:26s} seed {seed}: {loss:.4f}", flush=True)
+        return loss
+
+    jobs = [(seed, name) for seed in arguments.seeds for name in settings()]
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        found = dict(zip(jobs, pool.map(run, jobs), strict=True))
+    return {name: {seed: found[seed, name] for seed in arguments.seeds} for name in settings()}
+
+
+def variances(folder: Path) -> dict[str, float]:
+    """The relative variance of x̃ in the q, k, v groups, averaged over the blocks, of the model in a run folder."""
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = train.newest_checkpoint(folder)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="sdpa")
+    _, data = train.prepare(parse_options(command_parser().parse_args(["train", "--quiet"]), "plain", 0))
+    batches = [train.collate([data.train[i] for i in range(s, s + 16)]) for s in (0, 16)]
+    found = {}
+    for name, config in settings().items():
+        if config is None or config.group is None:
+            continue
+        twin = copy.deepcopy(model).train()
+        handle = prac.compress(twin, config)
+        twin(**batches[0]).loss.backward()
+        errors = handle.reconstruction_error(batches[1])
+        found[name] = statistics.mean(e for layer, e in errors.items() if layer.endswith("input_layernorm"))
+    return found
+
+
+def draw(rows: list[dict[str, Any]]) -> str:
+    """Loss against bytes and against operations; the settings that nothing beats on both are joined."""
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    labels = {"kept_units": "kept, in activations of tokens × hidden", "flops_ratio": "operations, plain = 1"}
+    for axes, (key, label) in zip(panels, labels.items(), strict=True):
+        shown = [row for row in rows if row["method"] != "plain"]
+        for row in shown:
+            kind = next(
+                i for i, start in enumerate(("paper", "full", "4 bits", "rank", "")) if row["method"].startswith(start)
+            )
+            axes.errorbar(
+                row[key], row["loss_gap"], row["loss_spread"], fmt="os^DP"[kind], color=plots.PALETTE[1 + kind],
+                markersize=6, capsize=2, elinewidth=0.8,
+            )  # fmt: skip
+            axes.annotate(row["method"].replace("full rank, ", ""), (row[key], row["loss_gap"]), xytext=(5, 3),
+                          textcoords="offset points", fontsize=6.5)  # fmt: skip
+        best, frontier = float("inf"), []
+        for row in sorted(shown, key=lambda r: (r[key], r["loss_gap"])):
+            if row["loss_gap"] < best:
+                best = row["loss_gap"]
+                frontier.append((row[key], best))
+        axes.plot(*zip(*frontier, strict=True), color=plots.PALETTE[0], linewidth=1, zorder=0)
+        axes.axhline(0, color=plots.INK, linewidth=0.6)
+        axes.set(xlabel=label)
+    panels[0].set(ylabel="validation loss above plain training (nats)")
+    return plots.on_white(plots.svg(figure))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=160, help="optimizer steps (default: 160)")
+    parser.add_argument("--batch-size", type=int, default=8, help="blocks of 128 tokens per step (default: 8)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs/frontier"), help="run folders go here")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, each on one thread (default: 2)")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds of the timing (default: 7)")
+    parser.add_argument("--losses-only", action="store_true", help="train, and stop there")
+    arguments = parser.parse_args()
+
+    found = losses(arguments)
+    if arguments.losses_only:
+        return
+    del os.environ["OMP_NUM_THREADS"]
+    spread = variances(arguments.runs / "plain-seed0")
+    shape = blocks.shape("llama", hidden=1024, tokens=2048)
+    costs = {row.method: row for row in bench.measure(shape, settings(), repeats=arguments.repeats)}
+    rows = []
+    table = Table(
+        title=f"llama-tiny, {arguments.steps} steps, seeds {arguments.seeds}: what x̂ in few bits or ranks costs"
+    )
+    for column in ("setting", "loss − plain", "±", "variance", "kept units", "operations", "time", "error of dX"):
+        table.add_column(column, justify="left" if column == "setting" else "right")
+    for name, by_seed in found.items():
+        gaps = [loss - found["plain"][seed] for seed, loss in by_seed.items()]
+        row, gap = costs[name], statistics.mean(gaps)
+        deviation = statistics.stdev(gaps) if len(gaps) > 1 else 0.0
+        rows.append(
+            row.to_dict()
+            | {"val_loss": by_seed, "loss_gap": gap, "loss_spread": deviation, "variance": spread.get(name)}
+        )
+        table.add_row(
+            name, f"{gap:+.4f}", f"{deviation:.4f}", f"{spread[name]:.4f}" if name in spread else "–",
+            f"{row.kept_units:.2f}", f"{row.flops_ratio:.2f}", f"{row.time_ratio:.2f}", f"{row.input_grad_error:.3f}",
+        )  # fmt: skip
+    results.write(HERE / "frontier.json", "benchmarks/frontier.py", rows)
+    files.write(HERE / "frontier.svg", draw(rows))
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()
