@@ -112,7 +112,9 @@ class Handle:
         if isinstance(outputs, Stored) and outputs.bits is not None:
             outputs.width = layer.get_parameter("weight").numel() // width
             after = outputs.bytes_per_token(dtype.itemsize)
-        note = f"from {source.what} of {_short(source.name, name)}"
+        # A module is called by its own name where it is the parent, as an MLP is of its down projection.
+        maker_name = source.name.rpartition(".")[2] if name.startswith(f"{source.name}.") else _short(source.name, name)
+        note = f"from {source.what} of {maker_name}"
         return Row(name, module, layer.kind, estimator.label(), width * dtype.itemsize if first else 0, after, note)
 
     def reconstruction_error(self, example: Example) -> dict[str, float]:

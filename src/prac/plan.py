@@ -114,10 +114,12 @@ class Plan:
             width = known_width or self.structure.width.get(name)
             full_name = name if tensor == "x" else f"{name}:{tensor}"
             if source is not None:
-                # Used only where the source is not what the probe saw: then x is kept once more, in full where it is
-                # there anyway.
-                bits = None if source.what == "attention" else Bits(8)
-                estimators[tensor] = Stored(bits, clock, unbiased=True, name=full_name, seed=self.config.seed)
+                # Used only where the source is not what the probe saw, or keeps nothing (a frozen norm of an input
+                # that needs no gradient): then x is kept here, in full where it is there anyway.
+                group = self.config.group if isinstance(self.config.group, Bits) else Bits(8)
+                bits = None if source.what == "attention" else group
+                own = Stored(bits, clock, unbiased=True, name=full_name, seed=self.config.seed)
+                estimators[tensor] = self._leaders.setdefault(("instead of", self.structure.reads.get(name, name)), own)
                 continue
             # What is followed by a nonlinearity: the inputs of activations, and q and k of attention.
             nonlinear = match.layer.kind == "activation" or tensor in ("q", "k")

@@ -51,7 +51,8 @@ def table(rows: Sequence[Row]) -> str:
         f"Bytes per token kept by the compressed ones: {before:,} → {after:,}"
         + (f" ({after / before:.0%})." if before else ".")
     )
-    text.append("What is computed between modules (attention's q, k, v and output, residual sums) stays in full.")
+    if not any(row.what == "attention" for row in compressed):
+        text.append("What is computed between modules (attention's q, k, v and output, residual sums) stays in full.")
     return "\n".join(line.rstrip() for line in text)
 
 

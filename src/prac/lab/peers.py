@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -43,7 +42,7 @@ def variants(methods: Sequence[str], attention_bits: int | None = None) -> dict[
     found = {method: PRESETS.get(method) for method in dict.fromkeys(("plain", *methods))}
     if attention_bits is None:
         return found
-    grouped = {name: config for name, config in found.items() if config is not None and _keeps_groups(config)}
+    grouped = {name: config for name, config in found.items() if config is not None and config.group is not None}
     if not grouped:
         raise ValueError("attention_bits goes with a preset that keeps norm groups, and none of these methods is one.")
     rows: dict[str, Config | None] = {}
@@ -52,12 +51,6 @@ def variants(methods: Sequence[str], attention_bits: int | None = None) -> dict[
         if name in grouped and (more := grouped[name].replace(attention_bits=attention_bits)) != config:
             rows[f"{name}+attention{attention_bits}"] = more
     return rows
-
-
-def _keeps_groups(config: Config) -> bool:
-    # Attention in few bits comes with norm groups.
-    fields = {field.name for field in dataclasses.fields(config)}
-    return {"group", "attention_bits"} <= fields and getattr(config, "group", None) is not None
 
 
 def apply(block: Block, method: str, config: Config | None, x: Tensor) -> Handle | None:

@@ -93,7 +93,6 @@ class Normed:
     bias: Tensor | None
     rho_M1: Tensor
     xhat: Kept
-    version: int = 0
     # Of the layers that read y in one operation: what they computed and have not yet handed out, by id.
     outputs: dict[int, Tensor] = field(default_factory=dict)
 
@@ -142,10 +141,8 @@ def normalise(
             stored.observer(xhat_MN, xhat)
     else:
         xhat = estimator.keep(tensors[0], dtype)
-    normed = Normed(norm, x, weight_N, bias_N, rho_M1, xhat)
     y = apply(_Normed, x, weight_N, bias_N, y_MN.view(x.shape), norm, rho_M1, xhat)
-    normed.version = y._version
-    return y, normed
+    return y, Normed(norm, x, weight_N, bias_N, rho_M1, xhat)
 
 
 class _Normed(torch.autograd.Function):
