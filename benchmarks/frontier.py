@@ -32,9 +32,9 @@ from rich.table import Table
 
 import prac
 from prac import PRESETS, Bits, Config, Rank
+from prac.cli import parser as command_parser
 from prac.lab import bench, blocks, compare, files, plots, report, results, train
 from prac.lab.command import options as parse_options
-from prac.lab.command import parser as command_parser
 
 HERE = Path(__file__).parent / "results"
 RANKS, RANK_BITS, FULL_BITS = (0.1, 0.3, 0.6), (16, 8, 4), (8, 4, 2)

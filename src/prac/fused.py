@@ -46,8 +46,7 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
             _free_tokens(args, tokens)
         if key not in kernels:
             # torch.compile counts its kernels by code object and gives up after a few; a copy has its own count.
-            code = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-            kernels[key] = torch.compile(code, dynamic=False)
+            kernels[key] = torch.compile(_copy(function), dynamic=False)
         return kernels[key]
 
     @functools.wraps(function)
@@ -62,6 +61,16 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
             return result
 
     return run
+
+
+def _copy(function: Any) -> Callable[..., Any]:
+    return types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
 
 
 def _worthwhile(x: Tensor) -> bool:

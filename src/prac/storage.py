@@ -16,7 +16,11 @@ in groups of 64 the relative error (r.m.s.) is about
     2      45%      65%         2.5
     =====  =======  ==========  =============
 
-and it halves with each bit. Two codes of 4 bits share a byte as the two halves of the row do,
+and it halves with each bit. Why not a library: torchao's primitives leave 4-bit codes in a byte each, bitsandbytes'
+code books are for weights, made once; neither rounds without bias, nor in the same pass over memory that makes the
+tensor (:mod:`prac.ops.kernels`).
+
+Two codes of 4 bits share a byte as the two halves of the row do,
 not as neighbours do: that keeps reads and writes in order for vector units.
 """
 

@@ -197,6 +197,8 @@ def _open(out: Path, options: Options) -> None:
 
 def _check_same(options: Options, out: Path) -> None:
     old = results.read(out / "config.json")["options"]
+    if old["config"] is not None:  # one written before some field existed has that field's default
+        old["config"] = prac.Config.from_dict(old["config"]).to_dict()
     if changed := differences(old, options.to_dict(), ignore=FREE):
         raise ValueError(f"cannot resume {out}, it was run with other options ({'; '.join(changed)}).")
 
