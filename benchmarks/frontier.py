@@ -69,7 +69,7 @@ def command(name: str, config: Config | None) -> list[str]:
     kinds = ("group", "linear", "norm", "activation")
     options = [part for kind in kinds for part in (f"--{kind}", spelled(getattr(config, kind)))]
     attention = [] if config.attention_bits is None else ["--attention-bits", str(config.attention_bits)]
-    return ["--method", "lean", "--growth", "0", *options, *attention]
+    return ["--method", "lean", *options, *attention]
 
 
 def losses(arguments: argparse.Namespace) -> dict[str, dict[int, float]]:

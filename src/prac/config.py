@@ -191,8 +191,9 @@ PRESETS: dict[str, Config] = {
     # No loss that we could measure (README), at plain training's speed. 4 bits for what enters weight gradients, where
     # rounding is unbiased and averages out; 8 for what a nonlinearity follows.
     "lean": Config(linear=Bits(8), norm=Bits(8), activation=Bits(8), group=Bits(4)),
-    # The fewest operations: thin products for the weights of every norm group, at the price of noisy gradients.
-    "fast": Config(linear=Bits(8), norm=Bits(8), activation=Bits(8), group=Rank(0.1, 0.1, bits=Bits(8))),
+    # The fewest operations: thin products for the weights of every norm group, at the price of noisy gradients. Its
+    # intervals grow from the first step on: with a stale basis at so low a rank, early training stands still.
+    "fast": Config(linear=Bits(8), norm=Bits(8), activation=Bits(8), group=Rank(0.1, 0.1, bits=Bits(8)), growth=0.1),
     # The fewest bytes that still train like plain: everything in 4 bits, attention too.
     "small": Config(linear=Bits(4), norm=Bits(4), activation=Bits(4), group=Bits(4), attention_bits=4),
     # Section 5.1: r1 = r2 = 0.3n for linear layers, 0.2n for norms and activations.
