@@ -67,7 +67,7 @@ def unswap(module: Compressed, match: Match) -> None:
     module.__class__ = type(module).__bases__[1]
 
 
-def overhears(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     """Whether somebody hooked on to the module, and would miss a call that is made without it."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return any(not getattr(hook, "only_counts", False) for table in hooks for hook in table.values())

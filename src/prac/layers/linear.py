@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prac.config import Kind
-from prac.layers.base import Compressed, Match, overhears
+from prac.layers.base import Compressed, Match, is_hooked
 from prac.ops import Normed, linear, norm_linears
 from prac.source import source_of
 
@@ -31,7 +31,7 @@ class Linear(Compressed):
         """(..., n) to (..., o)."""
         source = source_of(x) if self.training and torch.is_grad_enabled() else None
         if isinstance(source, Normed):
-            if self._prac_group and not any(overhears(layer) for layer in self._prac_group if layer is not self):
+            if self._prac_group and not any(is_hooked(layer) for layer in self._prac_group if layer is not self):
                 return self._with_group(x, source)
             source = source.kept(x.dtype)
         if not self._compresses(self.weight):

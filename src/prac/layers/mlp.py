@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prac.config import Kind
 from prac.layers.activation import function_of
-from prac.layers.base import Compressed, Match, overhears
+from prac.layers.base import Compressed, Match, is_hooked
 from prac.layers.linear import Linear
 from prac.ops import ACTIVATIONS, Activation, Normed, glu, norm_mlp, product
 from prac.source import mark, source_of
@@ -63,7 +63,7 @@ class MLP(Compressed):
     def _layers(self) -> list[Linear]:
         """Those of its linear layers that prac may run without calling them, in order."""
         layers = [self.get_submodule(name) for name in (*self._prac_roles.into, self._prac_roles.down)]
-        return [layer for layer in layers if isinstance(layer, Linear) and not overhears(layer)]
+        return [layer for layer in layers if isinstance(layer, Linear) and not is_hooked(layer)]
 
     def _from_norm(self, x: Tensor, normed: Normed) -> Tensor:
         roles, keep = self._prac_roles, self.estimators["gate"]
