@@ -55,22 +55,11 @@ class _NormLinears(torch.autograd.Function):
         with torch.autocast(y.device.type, enabled=False):
             y = y.to(dtype)
             zs = tuple(F.linear(y, w.to(dtype), cast(b, dtype)) for w, b in zip(weights, biases, strict=True))
-        kept = normed.kept(dtype)
         exact = normed.exact and ctx.needs_input_grad[0]
         kept_zs = [keep.keep(z) for keep, z in zip(outputs, zs, strict=True) if keep] if exact else []
-        save(
-            ctx,
-            y=kept.tensors,
-            xhat=normed.xhat.tensors,
-            rho=(normed.rho_M1,),
-            norm=(weight_N, bias_N),
-            weights=weights,
-            biases=biases if exact else [None] * len(biases),
-            **{f"z{i}": k.tensors for i, k in enumerate(kept_zs)},
-        )
-        ctx.y, ctx.xhat, ctx.norm, ctx.zs = kept.form, normed.xhat.form, normed.norm, [k.form for k in kept_zs]
-        ctx.shape, ctx.dtype = x.shape, x.dtype
-        ctx.biases = [None if b is None else b.dtype for b in biases]
+        ctx.zs = [k.form for k in kept_zs]
+        outputs_kept = {f"z{i}": k.tensors for i, k in enumerate(kept_zs)}
+        save_group(ctx, normed, dtype, weights, biases, exact=exact, **outputs_kept)
         return zs
 
     @backward
@@ -83,6 +72,25 @@ class _NormLinears(torch.autograd.Function):
             scalar_M1 = s_M1 if scalar_M1 is None else scalar_M1 + s_M1
         norm, grads = group_grads(ctx, tensors, rows, ctx.biases, scalar_M1, first=6)
         return *norm, None, None, None, *grads
+
+
+def save_group(
+    ctx: Any,
+    normed: Normed,
+    dtype: torch.dtype,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    *,
+    exact: bool,
+    **own: Tensors,
+) -> None:
+    """Save what :func:`group_grads` asks for, and the op's ``own``; biases only where the scalar is exact."""
+    norm = (normed.weight, normed.bias)
+    biases_saved = biases if exact else [None] * len(biases)
+    save(ctx, xhat=normed.xhat.tensors, rho=(normed.rho_M1,), norm=norm, weights=weights, biases=biases_saved, **own)
+    ctx.y, ctx.xhat, ctx.norm = normed.kept(dtype).form, normed.xhat.form, normed.norm
+    ctx.shape, ctx.dtype = normed.x.shape, normed.x.dtype
+    ctx.biases = [None if b is None else b.dtype for b in biases]
 
 
 def group_grads(
@@ -99,10 +107,12 @@ def group_grads(
     ``first`` is where the layers begin among the op's inputs.
     """
     needs = ctx.needs_input_grad[first:]
+    # y is had from x̂, γ and β, which are saved once.
+    y = Kept((*tensors["xhat"], *(t for t in tensors["norm"] if t is not None)), ctx.y)
     layers: list[Tensor | None] = []
     for i, dz_MO in enumerate(rows):
         weight_ON, bias_dtype = tensors["weights"][i], bias_dtypes[i]
-        dw_ON = Kept(tensors["y"], ctx.y).weight_grad(dz_MO).to(weight_ON.dtype) if needs[2 * i] else None
+        dw_ON = y.weight_grad(dz_MO).to(weight_ON.dtype) if needs[2 * i] else None
         db_O = dz_MO.sum(0).to(bias_dtype) if needs[2 * i + 1] and bias_dtype is not None else None
         layers += [dw_ON, db_O]
     norm: Gradients = (None, None, None)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from prac.config import Bits
 from prac.ops import kernels
-from prac.ops.function import Gradients, apply, autocast_dtype, backward, cast, save, saved
-from prac.ops.group import Parameters, group_grads
+from prac.ops.function import Gradients, apply, autocast_dtype, backward, cast, saved
+from prac.ops.group import Parameters, group_grads, save_group
 from prac.ops.normed import Normed
 
 
@@ -75,22 +75,9 @@ class _NormMLP(torch.autograd.Function):
                 h_MK, *stored = kernels.activated(zs[0], function, bits)
             del zs
             out = F.linear(h_MK, weights[-1].to(dtype), cast(biases[-1], dtype))
-        kept = normed.kept(dtype)
-        exact = normed.exact and ctx.needs_input_grad[0]
-        save(
-            ctx,
-            y=kept.tensors,
-            xhat=normed.xhat.tensors,
-            rho=(normed.rho_M1,),
-            norm=(weight_N, bias_N),
-            weights=weights,
-            biases=biases if exact else [],
-            g=stored[0],
-            u=stored[1] if is_gated else (),
-        )
-        ctx.y, ctx.xhat, ctx.norm, ctx.exact, ctx.setting = kept.form, normed.xhat.form, normed.norm, exact, setting
-        ctx.shape, ctx.dtype = x.shape, x.dtype
-        ctx.biases = [None if b is None else b.dtype for b in biases]
+        ctx.exact, ctx.setting = normed.exact and ctx.needs_input_grad[0], setting
+        own = {"g": stored[0], "u": stored[1] if is_gated else ()}
+        save_group(ctx, normed, dtype, weights, biases, exact=ctx.exact, **own)
         return out.view(*y.shape[:-1], -1)
 
     @backward
