@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -114,33 +115,56 @@ def variances(folder: Path) -> dict[str, float]:
     return found
 
 
+def stored(config: Config | None) -> float | None:
+    """Bits for each value of x̂, scales left out; None for a setting that is not about x̂."""
+    if config is None or config != LEAN.replace(group=config.group):
+        return None
+    keep = config.group
+    if isinstance(keep, Rank):
+        return (keep.r1 + keep.r2) * (keep.bits.bits if keep.bits else 32)
+    return None if keep is None else float(keep.bits)
+
+
 def draw(rows: list[dict[str, Any]]) -> str:
-    """Loss against bytes and against operations; the settings that nothing beats on both are joined."""
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    labels = {"kept_units": "kept, in activations of tokens × hidden", "flops_ratio": "operations, plain = 1"}
-    for axes, (key, label) in zip(panels, labels.items(), strict=True):
-        shown = [row for row in rows if row["method"] != "plain"]
-        for row in shown:
-            kind = next(
-                i for i, start in enumerate(("paper", "full", "4 bits", "rank", "")) if row["method"].startswith(start)
-            )
-            axes.errorbar(
-                row[key], row["loss_gap"], row["loss_spread"], fmt="os^DP"[kind], color=plots.PALETTE[1 + kind],
-                markersize=6, capsize=2, elinewidth=0.8,
-            )  # fmt: skip
-            axes.annotate(row["method"].replace("full rank, ", ""), (row[key], row["loss_gap"]), xytext=(5, 3),
-                          textcoords="offset points", fontsize=6.5)  # fmt: skip
-        best, frontier = float("inf"), []
-        for row in sorted(shown, key=lambda r: (r[key], r["loss_gap"])):
-            if row["loss_gap"] < best:
-                best = row["loss_gap"]
-                frontier.append((row[key], best))
-        axes.plot(*zip(*frontier, strict=True), color=plots.PALETTE[0], linewidth=1, zorder=0)
+    """Loss against what x̂ takes, against what the whole block keeps, and against operations."""
+    with matplotlib.rc_context(plots.STYLE):
+        return plots.on_white(plots.svg(_draw(rows)))
+
+
+def _draw(rows: list[dict[str, Any]]) -> Figure:
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    labels = ("x̂: bits for each value", "block: kept, in tokens × hidden", "block: operations, plain = 1")
+    configs = settings()
+    for row in rows:
+        name, config = row["method"], configs[row["method"]]
+        if config is None:
+            continue
+        x_hat = stored(config)
+        keep = config.group if x_hat is not None else None
+        rank = keep.r1 + keep.r2 if isinstance(keep, Rank) else None
+        bits = getattr(keep, "bits", None)
+        bits = bits.bits if isinstance(bits, Bits) else bits
+        color = plots.PALETTE[1 + RANKS.index(rank)] if rank else plots.INK
+        marker = {16: "o", 8: "s", 4: "^", 2: "v", None: "X"}[bits]
+        label = name if x_hat is not None else None
+        for axes, x in zip(panels, (x_hat, row["kept_units"], row["flops_ratio"]), strict=True):
+            if x is None:
+                continue
+            axes.errorbar(x, row["loss_gap"], row["loss_spread"], fmt=marker, color=color, markersize=6, capsize=2,
+                          elinewidth=0.7, alpha=0.9, label=label)  # fmt: skip
+            if x_hat is None:
+                axes.annotate(name, (x, row["loss_gap"]), xytext=(6, -3), textcoords="offset points", fontsize=7)
+    for axes, label in zip(panels, labels, strict=True):
         axes.axhline(0, color=plots.INK, linewidth=0.6)
         axes.set(xlabel=label)
+        axes.margins(x=0.12)
+    panels[0].set_xscale("log", base=2)
+    panels[0].set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
     panels[0].set(ylabel="validation loss above plain training (nats)")
-    return plots.on_white(plots.svg(figure))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=7, title="x̂ kept as",
+                  title_fontsize=8, frameon=False)  # fmt: skip
+    return figure
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ class _Subject:
     name: str
     block: Block
     handle: Handle | None
-    gradients: dict[str, Tensor]  # of the parameters by name, of the input under ""
+    errors: dict[str, Any]  # the fields of a row that say how far its gradients are off
     kept: int
     allocated: meters.Allocated
     flops: int
@@ -102,11 +102,12 @@ def measure(
     if "compile" in configs:
         torch.compiler.reset()  # torch compiles the same function for a few blocks only, then gives up
     original, (x, dy) = build(shape, dtype=dtype, device=torch.device(device), seed=seed)
+    exact = _gradients(original, x, dy)
     subjects = []
     for name, config in configs.items():
         notify(name)
         try:
-            subjects.append(_prepare(name, config, copy.deepcopy(original), x, dy))
+            subjects.append(_prepare(name, config, copy.deepcopy(original), x, dy, exact))
         except (RuntimeError, ValueError) as error:
             kind = ValueError if isinstance(error, ValueError) else RuntimeError
             raise kind(f"{name}: {' '.join(str(error).split())[:300]}") from error
@@ -124,17 +125,18 @@ def measure(
     return [_row(subject, subjects[0], unit) for subject in subjects]
 
 
-def _prepare(name: str, config: Config | None, block: Block, x: Tensor, dy: Tensor) -> _Subject:
+def _prepare(
+    name: str, config: Config | None, block: Block, x: Tensor, dy: Tensor, exact: dict[str, Tensor]
+) -> _Subject:
     """Put a method to work, and measure all that does not take turns."""
     handle = peers.apply(block, name, config, x)
     for _ in range(WARM_UP):
         _seconds(block, x, dy)
-    gradients = {name: parameter.grad for name, parameter in (("", x), *block.named_parameters())}
     subject = _Subject(
         name,
         block,
         handle,
-        gradients={name: gradient for name, gradient in gradients.items() if gradient is not None},
+        errors=_errors(_gradients(block, x, dy), exact),
         kept=meters.kept_bytes(block, x, peers.SAVED if name == "selective" else ()),
         allocated=meters.allocated_bytes(block, x, dy),
         flops=meters.step_flops(block, x, dy),
@@ -143,14 +145,23 @@ def _prepare(name: str, config: Config | None, block: Block, x: Tensor, dy: Tens
     return subject
 
 
+def _gradients(block: Block, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """Of one step: the parameters' by name, the input's under ""."""
+    block(x).backward(dy)
+    gradients = {name: parameter.grad for name, parameter in (("", x), *block.named_parameters())}
+    meters.clear(block, x)
+    return {name: gradient for name, gradient in gradients.items() if gradient is not None}
+
+
 def _seconds(block: Block, x: Tensor, dy: Tensor) -> float:
     """The time of one step, forward and backward."""
-    meters.clear(block, x)
     meters.synchronize(x.device)
     start = time.perf_counter()
     block(x).backward(dy)
     meters.synchronize(x.device)
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    meters.clear(block, x)  # every method has a block of its own, and they all stay
+    return seconds
 
 
 def _refreshing_seconds(handle: Handle, block: Block, x: Tensor, dy: Tensor) -> float:
@@ -162,7 +173,7 @@ def _refreshing_seconds(handle: Handle, block: Block, x: Tensor, dy: Tensor) -> 
 
 
 def _errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, Any]:
-    """The fields of a row that say how far ``found`` is off."""
+    """What a row says of gradients ``found`` where plain training has ``exact``."""
     norms = {name: exact[name].float().norm().item() for name in exact}
     off = {name: (found[name].float() - exact[name].float()).norm().item() for name in exact}
     relative = {name: off[name] / norms[name] for name in exact if name and norms[name]}
@@ -194,5 +205,5 @@ def _row(subject: _Subject, plain: _Subject, unit: int) -> Row:
         time_spread=(low, high),
         refresh_ms=None if refresh is None else 1e3 * refresh,
         refresh_share=None if refresh is None or not subject.handle else refresh / (subject.handle.config.T1 * step),
-        **_errors(subject.gradients, plain.gradients),
+        **subject.errors,
     )
