@@ -9,6 +9,7 @@ import torch
 from helpers import gradients, relative
 from models import BATCH, IDS, TEXT, build, train
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import prac
 from prac.memory import track_kept
@@ -193,3 +194,16 @@ def test_the_summary_says_who_has_what_from_whom() -> None:
     for line in ("from x̂ of input_layernorm", "from x̂ of post_attention_layernorm", "from g and u of mlp"):
         assert line in text
     assert "stays in full" not in text
+
+
+def test_the_final_norm_does_not_hold_its_input() -> None:
+    # The head keeps the norm's output; what is noted on that must not keep the last hidden state alive as well.
+    model = build("llama").train()
+    prac.compress(model, LEAN)
+    seen: list[StorageWeakRef] = []
+    model.model.norm.register_forward_pre_hook(
+        lambda module, args: seen.append(StorageWeakRef(args[0].untyped_storage()))
+    )
+    logits = model(**TEXT).logits
+    assert seen[0].expired()
+    logits.sum().backward()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from prac.clock import Clock
 from prac.config import Bits, Config, Keep, Rank
 from prac.estimator import Estimator
-from prac.layers import MLP, ElementWise, Match
+from prac.layers import MLP, ElementWise, Match, SharedNorm
 from prac.stored import Stored
 from prac.structure import Structure
 from prac.subspace import Subspace
@@ -108,6 +108,11 @@ class Plan:
         match = self._matches[name]
         if self.config.group is not None and match.grouped is not None:
             match = dataclasses.replace(match, layer=match.grouped)
+        if match.layer is SharedNorm:
+            # A mark lives as long as the tensor it is on, and keeps the norm's input alive as long. Where nobody here
+            # reads the output (the final norm's: the output head keeps it, or a view of it), that is for nothing.
+            marks = not self.structure.reads or bool(self._readers[name])
+            match = dataclasses.replace(match, attributes=match.attributes | {"_prac_marks": marks})
         source = self._sources.get(name)
         estimators: dict[str, Estimator] = {}
         for tensor, known_width in match.inputs.items():

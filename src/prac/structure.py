@@ -70,7 +70,7 @@ def probe(model: nn.Module, names: Sequence[str], example: Example) -> Structure
 
     def pack(tensor: Tensor) -> Tensor:
         if not inside:
-            kept_by_others[tensor.untyped_storage().data_ptr()] = tensor
+            kept_by_others[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     hooks: list[Any] = []
@@ -100,21 +100,29 @@ def probe(model: nn.Module, names: Sequence[str], example: Example) -> Structure
     uses = _uses(outputs)
     for name, x in reads.items():
         # The tensors are alive until here, so equal ids mean the same tensor.
-        structure.reads[name] = id(x)
+        structure.reads[name] = id(whole(x))
         structure.width[name] = x.shape[-1]
-        if x.untyped_storage().data_ptr() in kept_by_others:
+        if x.untyped_storage()._cdata in kept_by_others:
             structure.keeps_input.add(name)
         y = writes[name]
         if isinstance(y, Tensor):
             structure.writes[name] = id(y)
             structure.edges[name] = uses.get(y.grad_fn, 0)
-            if y.untyped_storage().data_ptr() in kept_by_others:
+            if y.untyped_storage()._cdata in kept_by_others:
                 structure.keeps_output.add(name)
         if id(y) in results:
             structure.heads.add(name)
         if x.numel() // x.shape[-1] in samples and tokens not in samples:
             structure.per_sample.add(name)
     return structure
+
+
+def whole(x: Tensor) -> Tensor:
+    """The tensor of which ``x`` is another view with the same rows, such as tokens folded into one dimension."""
+    base = x._base
+    if base is None or x.numel() != base.numel() or not x.is_contiguous() or x.shape[-1] != base.shape[-1]:
+        return x
+    return base
 
 
 class _WatchAttention(TorchFunctionMode):

@@ -7,8 +7,20 @@ from prac.layers.activation import ElementWise
 from prac.layers.attention import Attention
 from prac.layers.base import Compressed, Match, overrides_forward, swap, unswap
 from prac.layers.mlp import MLP
+from prac.layers.norm import SharedNorm
 
-__all__ = ["MLP", "Attention", "Compressed", "ElementWise", "Match", "overrides_forward", "recognise", "swap", "unswap"]
+__all__ = [
+    "MLP",
+    "Attention",
+    "Compressed",
+    "ElementWise",
+    "Match",
+    "SharedNorm",
+    "overrides_forward",
+    "recognise",
+    "swap",
+    "unswap",
+]
 
 
 def recognise(module: nn.Module) -> Match | str | None:

@@ -12,6 +12,7 @@ from prac.config import Kind
 from prac.layers.base import Compressed, Match
 from prac.ops import Norm, layer_norm, normalise, rms_norm
 from prac.source import mark
+from prac.tangible import tangible
 
 
 class LayerNorm(Compressed):
@@ -58,6 +59,7 @@ class SharedNorm(Compressed):
     weight: Tensor | None
     bias: Tensor | None
     _prac_norm: Norm
+    _prac_marks: bool  # whether its output says what it can be had from
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) to (..., n)."""
@@ -66,7 +68,7 @@ class SharedNorm(Compressed):
             y: Tensor = super().forward(x)
             return y
         y, normed = normalise(x, self.weight, bias, self._prac_norm, self.estimators["x"], self._dtype(x))
-        return mark(y, normed)
+        return mark(y, normed) if self._prac_marks else y
 
     def _dtype(self, x: Tensor) -> torch.dtype:
         """Of the output, as the original has it."""
@@ -102,11 +104,15 @@ def _rms_formula(module: nn.Module, n: int) -> tuple[float, float] | None:
     Models write their own RMSNorm; what the class is called does not say whether γ or 1 + γ
     multiplies, nor which attribute holds eps. A float32 copy with random weights does.
     """
-    twin = copy.deepcopy(module).to_empty(device="cpu").float()
+    with tangible(module) as real:
+        return _evaluated(copy.deepcopy(real).to_empty(device="cpu").float(), n)
+
+
+def _evaluated(twin: nn.Module, n: int) -> tuple[float, float] | None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.rand(n, generator=generator) + 0.5
     twin.get_parameter("weight").copy_(weight)
-    found = [vars(module)[a] for a in ("eps", "variance_epsilon", "epsilon") if a in vars(module)]
+    found = [vars(twin)[a] for a in ("eps", "variance_epsilon", "epsilon") if a in vars(twin)]
     # nn.RMSNorm's None is the machine epsilon of the input's dtype; at float32's, it is nothing.
     eps = next((float(e) for e in found if e is not None), torch.finfo(torch.float32).eps)
     # Rows of ordinary size, and rows so small that eps decides.
