@@ -12,6 +12,7 @@ from models import IDS, LAYERS, PAPER, build, compressed_names
 from torch import nn
 
 import prac
+from prac import tangible
 from prac.layers import Compressed
 
 # --- choosing ------------------------------------------------------------------------------
@@ -143,3 +144,14 @@ def test_pickling_is_not_silently_wrong() -> None:
     prac.compress(model, PAPER)
     with pytest.raises((pickle.PicklingError, AttributeError, TypeError)):
         pickle.dumps(model)
+
+
+@pytest.mark.parametrize("config", ["lean", "paper"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "bert", "vit"])
+def test_weights_without_numbers_are_recognised_as_well(family: str, config: str) -> None:
+    chosen = prac.PRESETS[config].replace(min_width=8)
+    real, meta = build(family), build(family).to("meta")
+    expected = str(prac.compress(real, chosen).summary())
+    assert str(prac.compress(meta, chosen).summary()) == expected
+    with tangible.hollow(build(family)) as (fake,):
+        assert str(prac.compress(fake, chosen).summary()) == expected

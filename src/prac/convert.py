@@ -17,6 +17,7 @@ from prac.handle import Handle
 from prac.layers import Compressed, Match, attention, overrides_forward, recognise, swap
 from prac.plan import Plan
 from prac.structure import Example, Structure, example_for, probe
+from prac.tangible import hollow
 
 Filter = str | Sequence[str] | Callable[[nn.Module, str], bool]
 
@@ -73,7 +74,13 @@ def compress(
     matches = {name: match for name, match in found.items() if isinstance(match, Match)}
 
     example = example if example is not None else example_for(model)
-    structure = Structure() if example is None else probe(model, list(matches), example)
+    if example is None:
+        structure = Structure()
+    elif any(p.is_meta for p in model.parameters()):
+        with hollow(model, example) as (twin, its_example):
+            structure = probe(twin, list(matches), its_example)
+    else:
+        structure = probe(model, list(matches), example)
     for name, widths in structure.attention.items():
         if name not in found or not isinstance(found[name], Match):
             matches[name] = attention.match(widths)

@@ -27,6 +27,7 @@ from prac.config import Rank
 from prac.estimator import Estimator, Kept, Tensors
 from prac.storage import bytes_per_token
 from prac.stored import Rounded, Stored
+from prac.tangible import is_hollow
 
 
 class Projected(NamedTuple):
@@ -151,7 +152,7 @@ class Subspace(Estimator):
             )
             return None
         gram_NN = gram_matrix(x_MN)
-        if not torch.isfinite(gram_NN).all():
+        if not is_hollow(gram_NN) and not torch.isfinite(gram_NN).all():
             self._skip(
                 "the activations hold NaN or Inf, or overflow when squared; "
                 "check the data, the learning rate and the loss scale"

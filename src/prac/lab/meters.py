@@ -80,7 +80,7 @@ class _Outputs(TorchDispatchMode):
         if func in self.wanted:
             for tensor in tree_leaves(out):
                 if isinstance(tensor, Tensor):
-                    self.found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+                    self.found.setdefault(tensor.untyped_storage()._cdata, tensor)
         return out
 
 

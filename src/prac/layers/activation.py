@@ -12,6 +12,7 @@ from prac.layers.base import Compressed, Match
 from prac.ops import ACTIVATIONS, Activation, activated, activation
 from prac.source import mark
 from prac.stored import Stored
+from prac.tangible import tangible
 
 
 class ElementWise(Compressed):
@@ -40,15 +41,16 @@ def function_of(module: nn.Module) -> Activation | None:
     """Which known activation a module computes, found by evaluating it on a grid."""
     if any(True for _ in module.parameters()) or any(module.children()):
         return None
-    x = torch.linspace(-6, 6, 97)
-    try:
-        y = module(x)
-    except Exception:  # any failure of a stranger's forward means: none of ours
+    with tangible(module):
+        x = torch.linspace(-6, 6, 97, device="cpu")
+        try:
+            y = module(x)
+        except Exception:  # any failure of a stranger's forward means: none of ours
+            return None
+        for function in ACTIVATIONS.values():
+            if isinstance(y, Tensor) and torch.allclose(y, function.forward(x), rtol=1e-5, atol=1e-6):
+                return function
         return None
-    for function in ACTIVATIONS.values():
-        if isinstance(y, Tensor) and torch.allclose(y, function.forward(x), rtol=1e-5, atol=1e-6):
-            return function
-    return None
 
 
 def recognise(module: nn.Module) -> Match | str | None:

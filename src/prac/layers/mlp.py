@@ -17,6 +17,7 @@ from prac.ops import ACTIVATIONS, Activation, Normed, glu, norm_mlp, product
 from prac.source import mark, source_of
 from prac.stored import Stored
 from prac.structure import in_mode
+from prac.tangible import tangible
 
 
 class Roles(NamedTuple):
@@ -124,9 +125,12 @@ def recognise(module: nn.Module) -> Match | str | None:
         for f in functions
         if f is not None
     ]
-    found = [(roles, width) for roles, width in candidates if _computes(module, roles)]
-    if not found or (dropout and not _ends_in(module, dropout, found[0][0].down)):
+    if not candidates:
         return None
+    with tangible(module) as tried:
+        found = [(roles, width) for roles, width in candidates if _computes(tried, roles)]
+        if not found or (dropout and not _ends_in(tried, dropout, found[0][0].down)):
+            return None
     if len(found) > 1:  # with weights of zero, gate and up cannot be told apart
         return "a gated MLP, but its weights do not tell the gate from the other factor; compress after initialising it"
     roles, width = found[0]
@@ -169,8 +173,6 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
 def _computes(module: nn.Module, roles: Roles) -> bool:
     """Whether the module is this MLP, to the bit, on two random tokens."""
     parameter = next(module.get_submodule(roles.into[0]).parameters())
-    if parameter.is_meta:
-        return False
     n, _ = _shape(module.get_submodule(roles.into[0]))
     x = torch.randn(1, 2, n, generator=torch.Generator().manual_seed(0)).to(parameter)
     f: Callable[[Tensor], Tensor] = module.get_submodule(roles.original) if roles.original else roles.function.forward

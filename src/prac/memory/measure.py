@@ -77,4 +77,4 @@ def track_kept(model: nn.Module) -> Iterator[KeptBytes]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return tensor.untyped_storage()._cdata
