@@ -9,6 +9,7 @@ print(handle.summary())
 from prac.config import PRESETS, Bits, Config, Rank
 from prac.convert import compress
 from prac.handle import Handle
+from prac.memory import Breakdown, measure, predict
 
-__all__ = ["PRESETS", "Bits", "Config", "Handle", "Rank", "compress"]
+__all__ = ["PRESETS", "Bits", "Breakdown", "Config", "Handle", "Rank", "compress", "measure", "predict"]
 __version__ = "0.1.0"

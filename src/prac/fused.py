@@ -12,7 +12,8 @@ import functools
 import os
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ WORTHWHILE = 2**16
 EXACT_LENGTHS = 4
 
 _broken = False
+_runner: Callable[..., Any] | None = None
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,6 +55,11 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         if not _worthwhile(args[0]):
             return function(*args)
+        if _runner is not None:
+            return _runner(function, args)
+        # A surrounding compilation takes the function in by itself.
+        if type(args[0]) is not Tensor or torch.compiler.is_compiling():
+            return function(*args)
         try:
             return kernel(args)(*args)
         except Exception as error:  # whatever the compiler may raise: the plain function does the same
@@ -79,10 +86,21 @@ def _worthwhile(x: Tensor) -> bool:
         and x.device.type in ("cpu", "cuda")
         and not _broken
         and os.environ.get("PRAC_COMPILE", "1") != "0"
-        # Fake tensors have nothing to gain, and a surrounding compilation takes the function in by itself.
-        and type(x) is Tensor
-        and not torch.compiler.is_compiling()
     )
+
+
+@contextmanager
+def run_by(runner: Callable[..., Any]) -> Iterator[None]:
+    """Inside the block ``runner(function, args)`` calls what would run as one kernel.
+
+    For those who follow the operations of a step, and would otherwise see those that a kernel is written in.
+    """
+    global _runner
+    _runner, before = runner, _runner
+    try:
+        yield
+    finally:
+        _runner = before
 
 
 def _give_up(name: str, error: Exception) -> None:

@@ -6,6 +6,7 @@ A tensor is hollow if it has a shape but no numbers: on the meta device, or made
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -54,8 +55,26 @@ def hollow(model: nn.Module, *inputs: Any) -> Iterator[tuple[Any, ...]]:
     def fake(tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
 
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"), _no_packed_sequences():
         memo: dict[int, Any] = {id(buffer): fake(buffer) for buffer in model.buffers()}
         for p in model.parameters():
             memo[id(p)] = nn.Parameter(fake(p), requires_grad=p.requires_grad)
         yield copy.deepcopy(model, memo), *(tree_map_only(Tensor, fake, each) for each in inputs)
+
+
+@contextmanager
+def _no_packed_sequences() -> Iterator[None]:
+    """Let transformers take a batch for what it is nearly always: sequences that are not packed into rows.
+
+    It looks at the positions to know, cannot with fake ones, and would then build a mask that real training has not.
+    """
+    masks = sys.modules.get("transformers.masking_utils")
+    name = "find_packed_sequence_indices"
+    original = getattr(masks, name, None)
+    if original is not None:
+        setattr(masks, name, lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        if original is not None:
+            setattr(masks, name, original)

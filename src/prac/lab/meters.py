@@ -5,12 +5,8 @@ A step is a forward pass and the backward pass from a given gradient of the outp
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from prac.memory import track_kept
+from prac.memory.allocator import allocated
 
 aten = torch.ops.aten
 # torch has none for products in place, nor for attention on CPU. Like those for CUDA, the latter count a causal mask
@@ -105,41 +102,11 @@ def allocated_bytes(block: nn.Module, x: Tensor, dy: Tensor) -> Allocated:
     itself (oneDNN's scratch space, say).
     """
     clear(block, x)
-    return _on_cuda(block, x, dy) if x.device.type == "cuda" else _on_cpu(block, x, dy)
-
-
-def _on_cuda(block: nn.Module, x: Tensor, dy: Tensor) -> Allocated:
-    synchronize(x.device)
-    before = torch.cuda.memory_allocated(x.device)
-    torch.cuda.reset_peak_memory_stats(x.device)
-    y = block(x)
-    held = torch.cuda.memory_allocated(x.device) - before - y.untyped_storage().nbytes()
-    y.backward(dy)
-    synchronize(x.device)
-    return Allocated(held, torch.cuda.max_memory_allocated(x.device) - before)
-
-
-def _on_cpu(block: nn.Module, x: Tensor, dy: Tensor) -> Allocated:
-    from torch.profiler import ProfilerActivity, profile, record_function
-
-    # At any lower level the profiler says on stderr that it starts and stops.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "7")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        with record_function("prac: forward"):
-            y = block(x)
+    with allocated(x.device) as found:
+        y = block(x)
+        found.mark()
         y.backward(dy)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    forward = next(event for event in events if event.get("name") == "prac: forward")
-    now = held = peak = 0
-    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: float(e["ts"])):
-        now += event["args"]["Bytes"]  # negative where freed
-        peak = max(peak, now)
-        if event["ts"] <= forward["ts"] + forward["dur"]:
-            held = now
-    return Allocated(held - y.untyped_storage().nbytes(), peak)
+    return Allocated(found.marked - y.untyped_storage().nbytes(), found.peak)
 
 
 # --- operations ----------------------------------------------------------------------------------

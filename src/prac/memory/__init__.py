@@ -1,5 +1,7 @@
-"""What training keeps in memory."""
+"""How much memory training takes: predicted, and measured."""
 
-from prac.memory.measure import KeptBytes, track_kept
+from prac.memory.breakdown import Breakdown
+from prac.memory.measure import KeptBytes, measure, track_kept
+from prac.memory.predict import predict
 
-__all__ = ["KeptBytes", "track_kept"]
+__all__ = ["Breakdown", "KeptBytes", "measure", "predict", "track_kept"]

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from prac.estimator import Estimator, Kept
 from prac.ops.function import Gradients, apply, autocast_dtype, backward, save, saved
+from prac.tangible import is_hollow
 
 aten = torch.ops.aten
 FLASH = 1  # torch.nn.attention.SDPBackend.FLASH_ATTENTION
@@ -24,6 +26,11 @@ def runs_here(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: flo
     if q.device.type == "cuda" and (mask is not None or q.shape[-1] % 8):
         return False
     dtype = autocast_dtype(q)
+    if is_hollow(q):  # torch decides by device, dtypes and the size of a head
+        with unset_fake_temporarily():
+            q, k, v = (torch.empty(1, 1, 2, q.shape[-1], dtype=dtype) for _ in range(3))
+            mask = None if mask is None else torch.zeros(1, 1, 2, 2, dtype=mask.dtype)
+            return bool(aten._fused_sdp_choice(q, k, v, mask, dropout, causal) == FLASH)
     q, k, v = (t.detach().to(dtype) for t in (q, k, v))
     return bool(aten._fused_sdp_choice(q, *_repeated(q, k, v, gqa), mask, dropout, causal) == FLASH)
 

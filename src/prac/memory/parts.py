@@ -1,0 +1,42 @@
+"""The parts of a training step: its loss, its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from prac.layers import Compressed
+from prac.subspace import Subspace
+
+
+def loss_of(output: Any, loss: Callable[[Any], Tensor] | None = None) -> Tensor:
+    """The scalar to differentiate.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    value = loss(output) if loss is not None else output
+    if not isinstance(value, Tensor):
+        value = output["loss"] if isinstance(output, Mapping) and "loss" in output else getattr(output, "loss", None)
+    if not isinstance(value, Tensor) or value.dim() > 0:
+        raise ValueError(
+            "the model's output has no loss: put labels into the batch, or give loss=, a function of the output."
+        )
+    return value
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors in nested lists and mappings."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, Mapping):
+        tree = list(tree.values())
+    return [t for item in tree for t in tensors_in(item)] if isinstance(tree, list | tuple) else []
+
+
+def subspaces(model: nn.Module) -> list[Tensor]:
+    """Every P, which exists once however large the batch."""
+    estimators = [e for m in model.modules() if isinstance(m, Compressed) for e in m.estimators.values()]
+    return [e.p_NR for e in estimators if isinstance(e, Subspace) and e.p_NR is not None]

@@ -1,0 +1,112 @@
+"""The memory of a training step, known before it is run and without allocating it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from prac.config import Config
+from prac.convert import compress
+from prac.layers import Compressed
+from prac.memory.breakdown import Breakdown
+from prac.memory.kinds import ACTIVATIONS
+from prac.memory.parts import loss_of, subspaces, tensors_in
+from prac.memory.tracker import Tracker
+from prac.structure import Example, call
+from prac.tangible import hollow
+
+OptimizerFactory = Callable[[nn.Module], Optimizer | Sequence[Optimizer]]
+
+
+def adamw(model: nn.Module) -> Optimizer:
+    """AdamW as one kernel, whose step needs no memory beyond its two states."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+
+
+def predict(
+    model: nn.Module,
+    batch: Example,
+    config: Config | str | None = None,
+    *,
+    optimizer: OptimizerFactory | None = adamw,
+    autocast: torch.dtype | None = None,
+    loss: Callable[[Any], Tensor] | None = None,
+) -> Breakdown:
+    """The peak memory of one training step: forward, backward, optimizer step.
+
+    Runs the step on fake tensors, which have shapes and no numbers. So it allocates nothing, needs no GPU, and
+    sees exactly the operations that the model will run. Any size will do, also a model on the meta device.
+
+    What it leaves out: scratch space inside of kernels, memory that an allocator holds and does not use, and what
+    CUDA itself takes. What it approximates: attention is taken as torch's flash kernel for CPU, which keeps the same
+    as the one for CUDA.
+
+    Args:
+        model: any module, on any device, with real weights or on meta. It is not changed.
+        batch: its input, as for :func:`prac.compress`; only shapes and dtypes matter, so ``torch.empty`` on the
+            meta device will do.
+        config: how to compress; None for the model as it is.
+        optimizer: makes the optimizer, or several, for a model; None to leave it and its state out.
+        autocast: run the forward pass under autocast to this dtype.
+        loss: the scalar to differentiate, of the model's output; by default its ``loss``, or itself.
+
+    Raises:
+        ValueError: if the model is compressed already, or its output has no loss.
+
+    >>> with torch.device("meta"):
+    ...     model = LlamaForCausalLM(config)
+    ...     ids = torch.empty(128, 256, dtype=torch.long)
+    >>> print(predict(model, {"input_ids": ids, "labels": ids}, "lean"))
+    """
+    if any(isinstance(module, Compressed) for module in model.modules()):
+        raise ValueError("predict takes the model before compress, and the config; call handle.restore() first.")
+    with hollow(model, batch) as (model, batch):
+        if config is not None:
+            compress(model, config)
+        model.train()
+        optimizers = [] if optimizer is None else _started(optimizer, model)
+        tracker = Tracker(model)
+        tracker.label(model.buffers(), "parameters")
+        tracker.label(model.parameters(), "parameters")
+        for each in optimizers:
+            tracker.label(tensors_in(list(each.state.values())), "optimizer")
+        tracker.label(tensors_in(batch), "batch")
+        hooks = [
+            p.register_post_accumulate_grad_hook(lambda p: tracker.label([p.grad], "gradients"))
+            for p in model.parameters()
+            if p.requires_grad
+        ]
+        with tracker:
+            context = nullcontext() if autocast is None else torch.autocast("cpu", autocast)
+            with context:
+                value = loss_of(call(model, batch), loss)
+            tracker.label(subspaces(model), "subspaces")
+            end_of_forward = tracker.now()
+            tracker.name_rest()
+            value.backward()
+            del value
+            tracker.phase = "the optimizer's step"
+            for each in optimizers:
+                each.step()
+        for hook in hooks:
+            hook.remove()
+    kept = {k: n for k, n in tracker.at(end_of_forward).items() if k in ACTIVATIONS}
+    return Breakdown(tracker.highest, tracker.peak_where, tracker.at(tracker.peak_time), kept)
+
+
+def _started(make: OptimizerFactory, model: nn.Module) -> list[Optimizer]:
+    """The optimizers after a first step, with all of their state."""
+    made = make(model)
+    optimizers = [made] if isinstance(made, Optimizer) else list(made)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    for each in optimizers:
+        each.step()
+        each.zero_grad(set_to_none=True)
+    return optimizers
