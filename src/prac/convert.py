@@ -6,7 +6,7 @@ import fnmatch
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -15,6 +15,7 @@ from prac.config import Config, as_config
 from prac.estimator import Estimator
 from prac.handle import Handle
 from prac.layers import Compressed, Match, attention, overrides_forward, recognise, swap
+from prac.loss import ChunkedLoss
 from prac.plan import Plan
 from prac.structure import Example, Structure, example_for, probe
 from prac.tangible import hollow
@@ -29,6 +30,7 @@ def compress(
     include: Filter | None = None,
     exclude: Filter | None = None,
     example: Example | None = None,
+    loss: Literal["chunked"] | None = None,
 ) -> Handle:
     """Make ``model`` keep compressed activations for backward, in place.
 
@@ -53,19 +55,24 @@ def compress(
         exclude: leave these layers alone, likewise.
         example: a small input to watch the model on: a tensor, a sequence of positional
             arguments or a mapping of keyword arguments. Only its shape matters.
+        loss: ``"chunked"`` to train a causal language model of transformers without its logits as
+            well, exactly (see :class:`prac.ChunkedLoss`).
 
     Returns:
         A handle with ``summary()``, ``restore()``, ``state_dict()`` and more.
 
     Raises:
         ValueError: nothing matched, the model is compressed already, the preset is unknown,
-            or a rank does not fit a layer (the message names it). The model is then unchanged.
+            a rank does not fit a layer (the message names it), or the loss cannot be chunked. The
+            model is then unchanged.
 
     >>> model = nn.TransformerEncoderLayer(64, 4, 128, activation=nn.GELU())
     >>> handle = compress(model, "paper", example=torch.zeros(2, 8, 64))
     >>> print(handle.summary())
     """
     config = as_config(config)
+    if loss not in (None, "chunked"):
+        raise ValueError(f'loss must be "chunked" or None, got {loss!r}.')
     if any(isinstance(module, Compressed) for module in model.modules()):
         raise ValueError("this model is compressed already; call handle.restore() on the handle you have first.")
     included, excluded = _predicate(include), _predicate(exclude)
@@ -129,6 +136,7 @@ def compress(
         skipped = sorted({reason for reason in reasons.values() if reason}) or ["no known layer in it"]
         raise ValueError(f"nothing to compress in this {type(model).__name__}: {'; '.join(skipped)}.")
 
+    chunked = ChunkedLoss(model) if loss == "chunked" else None
     clock = Clock(model)
     layers = {name: plan.layer(name, clock) for name in chosen}
     for name, (match, estimators) in layers.items():
@@ -142,7 +150,9 @@ def compress(
 
     notes = {name: why or reasons.get(name) for name, why in found.items() if not isinstance(why, Match)}
     notes |= {name: reason for name, reason in reasons.items() if reason}
-    return Handle(model, config, clock, {name: match for name, (match, _) in layers.items()}, notes, plan.sources())
+    return Handle(
+        model, config, clock, {name: match for name, (match, _) in layers.items()}, notes, plan.sources(), chunked
+    )
 
 
 def _predicate(filter: Filter | None) -> Callable[[nn.Module, str], bool]:

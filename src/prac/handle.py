@@ -12,6 +12,7 @@ from prac.clock import Clock
 from prac.config import Config
 from prac.estimator import Estimator, Kept
 from prac.layers import Compressed, Match, unswap
+from prac.loss import ChunkedLoss
 from prac.plan import Source
 from prac.stored import Stored
 from prac.structure import Example, call, in_mode
@@ -35,8 +36,9 @@ class Handle:
         matches: dict[str, Match],
         notes: dict[str, str | None],
         sources: dict[str, Source],
+        chunked: ChunkedLoss | None = None,
     ) -> None:
-        self.model, self.config = model, config
+        self.model, self.config, self._chunked = model, config, chunked
         self._clock, self._matches, self._notes, self._sources = clock, matches, notes, sources
 
     @property
@@ -191,10 +193,13 @@ class Handle:
         self._clock.step = state["step"]
 
     def restore(self) -> nn.Module:
-        """Undo the compression: every module gets its own class back. Returns the model."""
+        """Undo the compression: every module gets its own class back, the model its loss. Returns the model."""
         for name, layer in self._layers().items():
             unswap(layer, self._matches[name])
         self._matches = {}
+        if self._chunked is not None:
+            self._chunked.remove()
+            self._chunked = None
         return self.model
 
     def _layers(self) -> dict[str, Compressed]:

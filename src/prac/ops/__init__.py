@@ -1,5 +1,6 @@
 """Autograd functions, one file per op: exact outputs, gradients from compressed inputs."""
 
+from prac.ops.cross_entropy import linear_cross_entropy
 from prac.ops.elementwise import ACTIVATIONS, Activation, activation
 from prac.ops.glu import glu
 from prac.ops.group import norm_linears
@@ -19,6 +20,7 @@ __all__ = [
     "glu",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "norm_linears",
     "norm_mlp",
     "normalise",
