@@ -10,7 +10,19 @@ from prac.config import PRESETS, Bits, Config, Rank
 from prac.convert import compress
 from prac.handle import Handle
 from prac.loss import ChunkedLoss
-from prac.memory import Breakdown, measure, predict
+from prac.memory import Breakdown, fit, measure, predict
 
-__all__ = ["PRESETS", "Bits", "Breakdown", "ChunkedLoss", "Config", "Handle", "Rank", "compress", "measure", "predict"]
+__all__ = [
+    "PRESETS",
+    "Bits",
+    "Breakdown",
+    "ChunkedLoss",
+    "Config",
+    "Handle",
+    "Rank",
+    "compress",
+    "fit",
+    "measure",
+    "predict",
+]
 __version__ = "0.1.0"

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from prac.config import Config
 from prac.convert import compress
 from prac.layers import Compressed
+from prac.loss import ChunkedLoss
 from prac.memory.breakdown import Breakdown
 from prac.memory.kinds import ACTIVATIONS
 from prac.memory.parts import loss_of, subspaces, tensors_in
@@ -33,6 +34,7 @@ def predict(
     batch: Example,
     config: Config | str | None = None,
     *,
+    chunked_loss: bool = False,
     optimizer: OptimizerFactory | None = adamw,
     autocast: torch.dtype | None = None,
     loss: Callable[[Any], Tensor] | None = None,
@@ -51,12 +53,13 @@ def predict(
         batch: its input, as for :func:`prac.compress`; only shapes and dtypes matter, so ``torch.empty`` on the
             meta device will do.
         config: how to compress; None for the model as it is.
+        chunked_loss: train without logits (:class:`prac.ChunkedLoss`).
         optimizer: makes the optimizer, or several, for a model; None to leave it and its state out.
         autocast: run the forward pass under autocast to this dtype.
         loss: the scalar to differentiate, of the model's output; by default its ``loss``, or itself.
 
     Raises:
-        ValueError: if the model is compressed already, or its output has no loss.
+        ValueError: if the model is compressed already, its output has no loss, or its loss cannot be chunked.
 
     >>> with torch.device("meta"):
     ...     model = LlamaForCausalLM(config)
@@ -66,6 +69,8 @@ def predict(
     if any(isinstance(module, Compressed) for module in model.modules()):
         raise ValueError("predict takes the model before compress, and the config; call handle.restore() first.")
     with hollow(model, batch) as (model, batch):
+        if chunked_loss:
+            ChunkedLoss(model)
         if config is not None:
             compress(model, config)
         model.train()

@@ -1,0 +1,195 @@
+"""What to give up so that training fits into a budget: as little as possible."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from prac.config import PRESETS, Config
+from prac.loss import ChunkedLoss
+from prac.memory.breakdown import Breakdown, size
+from prac.memory.predict import OptimizerFactory, adamw, predict
+from prac.structure import Example
+
+
+class Rung(NamedTuple):
+    """One way to train, and what it gives up."""
+
+    name: str
+    config: Config | None
+    chunked_loss: bool
+    gives_up: str
+
+
+# From the mildest on: each takes no more memory than the one before.
+LADDER = (
+    Rung("plain", None, False, "nothing"),
+    Rung("chunked loss", None, True, "nothing but the logits in the output; loss and gradients are exact"),
+    Rung("lean", PRESETS["lean"], True, "exact gradients: x̂ in 4 bits, g and u in 8; no measurable loss"),
+    Rung(
+        "lean+attention8",
+        PRESETS["lean"].replace(attention_bits=8),
+        True,
+        "the same, and q, k, v and the output of attention in 8 bits",
+    ),
+    Rung("small", PRESETS["small"], True, "everything in 4 bits, attention too: gradients off by a sixth in places"),
+)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The mildest way that fits: ``compress(model, fit.config, loss=fit.loss)``; ``config`` is None for plain training.
+
+    ``rejected`` has the ways before it, with the bytes they would have taken.
+    """
+
+    name: str
+    config: Config | None
+    chunked_loss: bool
+    gives_up: str
+    predicted: Breakdown
+    budget: int
+    rejected: dict[str, int]
+
+    @property
+    def loss(self) -> str | None:
+        """As :func:`prac.compress` takes it."""
+        return "chunked" if self.chunked_loss else None
+
+    def __str__(self) -> str:
+        tried = "".join(f"\n  {name} would take {size(count)}" for name, count in self.rejected.items())
+        return (
+            f"{self.name} fits {size(self.budget)}: predicted peak {size(self.predicted.peak)}. "
+            f"It gives up {self.gives_up}.{tried}"
+        )
+
+
+def fit(
+    model: nn.Module,
+    batch: Example,
+    budget: int | str,
+    *,
+    optimizer: OptimizerFactory | None = adamw,
+    autocast: torch.dtype | None = None,
+    loss: Callable[[Any], Tensor] | None = None,
+) -> Fit:
+    """The mildest configuration whose predicted peak fits ``budget``: plain training if that does.
+
+    Args:
+        model: as for :func:`prac.predict`, like the rest; it is not changed.
+        batch: its input.
+        budget: bytes, or text such as ``"24GiB"`` or ``"80 GB"``.
+        optimizer: makes the optimizer for a model.
+        autocast: dtype of the forward pass.
+        loss: of the model's output.
+
+    Raises:
+        ValueError: if nothing fits; the message says by how much, and the largest batch that would.
+
+    >>> found = prac.fit(model, batch, "24GiB")
+    >>> if found.config is not None:
+    ...     prac.compress(model, found.config, loss=found.loss)
+    """
+    limit = parse_budget(budget)
+    how: dict[str, Any] = {"optimizer": optimizer, "autocast": autocast, "loss": loss}
+    rejected: dict[str, int] = {}
+    last, chunks = LADDER[0], _chunks(model)
+    for rung in LADDER:
+        if rung.config is None and rung.chunked_loss and not chunks:
+            continue
+        rung = last = rung._replace(chunked_loss=rung.chunked_loss and chunks)
+        found = predict(model, batch, rung.config, chunked_loss=rung.chunked_loss, **how)
+        if found.peak <= limit:
+            return Fit(*rung, found, limit, rejected)
+        rejected[rung.name] = found.peak
+    rows = _rows(batch)
+    most = largest_batch(model, batch, limit, last.config, chunked_loss=last.chunked_loss, **how)
+    instead = (
+        f"a batch of {most} instead of {rows}" if most else f"a smaller model: not even a batch of 1 of {rows} fits"
+    )
+    raise ValueError(
+        f"{size(limit)} is not enough: even {last.name} would take {size(found.peak)}, "
+        f"{size(found.peak - limit)} more. What would fit: {instead}."
+    )
+
+
+def largest_batch(
+    model: nn.Module,
+    batch: Example,
+    budget: int | str,
+    config: Config | str | None = None,
+    **how: Any,
+) -> int:
+    """The most samples (rows of ``batch``'s tensors) with which a training step fits ``budget``; 0 if not one does.
+
+    The peak grows linearly with the batch from some size on; this goes by that and checks what it finds.
+
+    Args:
+        model: as for :func:`prac.predict`.
+        batch: as an example; its tensors are made longer or shorter.
+        budget: as for :func:`fit`.
+        config: as for :func:`prac.predict`.
+        **how: the rest of what :func:`prac.predict` takes.
+    """
+    limit = parse_budget(budget)
+    rows = _rows(batch)
+
+    @functools.cache
+    def peak(count: int) -> int:
+        resized = tree_map_only(
+            Tensor,
+            lambda t: (
+                torch.empty(count, *t.shape[1:], dtype=t.dtype, device="meta") if t.dim() and len(t) == rows else t
+            ),
+            batch,
+        )
+        return predict(model, resized, config, **how).peak
+
+    if peak(1) > limit:
+        return 0
+    low, high = 1, max(2, rows)
+    while peak(high) <= limit:
+        low, high = high, 2 * high
+    while high - low > 1:  # low fits, high does not; try where the line through both meets the budget
+        guess = low + int((high - low) * (limit - peak(low)) / (peak(high) - peak(low)))
+        guess = min(high - 1, max(low + 1, guess))
+        low, high = (guess, high) if peak(guess) <= limit else (low, guess)
+    return low
+
+
+def parse_budget(budget: int | str) -> int:
+    """Bytes of ``"24GiB"``, ``"80 GB"``, ``"512 MiB"`` or a number.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(budget, int):
+        return budget
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", budget, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"a budget is a number of bytes or text such as 24GiB or 80GB, got {budget!r}.")
+    number, prefix, binary = match.groups()
+    power = "KMGT".index(prefix.upper()) + 1 if prefix else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
+
+
+def _rows(batch: Example) -> int:
+    """Samples in a batch: the first dimension of its first tensor."""
+    parts = [batch] if isinstance(batch, Tensor) else list(batch.values() if isinstance(batch, Mapping) else batch)
+    return next(len(part) for part in parts if isinstance(part, Tensor) and part.dim())
+
+
+def _chunks(model: nn.Module) -> bool:
+    """Whether its loss can be chunked."""
+    try:
+        ChunkedLoss(model).remove()
+    except ValueError:
+        return False
+    return True

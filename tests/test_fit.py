@@ -1,0 +1,88 @@
+"""The mildest way that fits a budget."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import prac
+from prac.memory import largest_batch, predict
+from prac.memory.fit import LADDER, parse_budget
+
+
+def model() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        return LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, vocab_size=512
+            )
+        )
+
+
+def batch(rows: int = 32) -> dict[str, Tensor]:
+    ids = torch.empty(rows, 64, dtype=torch.long, device="meta")
+    return {"input_ids": ids, "labels": ids}
+
+
+PEAKS = {rung.name: predict(model(), batch(), rung.config, chunked_loss=rung.chunked_loss).peak for rung in LADDER}
+
+
+def test_every_rung_takes_less_than_the_one_before() -> None:
+    peaks = list(PEAKS.values())
+    assert peaks == sorted(peaks, reverse=True)
+    assert len(set(peaks)) == len(peaks)
+
+
+@pytest.mark.parametrize("rung", LADDER, ids=lambda rung: rung.name)
+def test_the_mildest_that_fits(rung: object) -> None:
+    name = rung.name  # type: ignore[attr-defined]
+    found = prac.fit(model(), batch(), PEAKS[name])
+    assert found.name == name
+    assert found.predicted.peak == PEAKS[name]
+    assert list(found.rejected) == [r.name for r in LADDER][: [r.name for r in LADDER].index(name)]
+    assert name in str(found)
+
+
+def test_a_budget_that_cannot_be_met_says_by_how_much_and_what_would_fit() -> None:
+    budget = PEAKS["small"] * 3 // 4
+    with pytest.raises(
+        ValueError, match=r"is not enough: even small would take .* more. What would fit: a batch of"
+    ) as e:
+        prac.fit(model(), batch(), budget)
+    rows = int(str(e.value).split("a batch of ")[1].split()[0])
+    peaks = [predict(model(), batch(r), "small", chunked_loss=True).peak for r in (rows, rows + 1)]
+    assert peaks[0] <= budget < peaks[1]
+    with pytest.raises(ValueError, match="not even a batch of 1"):
+        prac.fit(model(), batch(), 1000)
+
+
+@pytest.mark.parametrize("config", [None, "lean"])
+def test_the_largest_batch(config: str | None) -> None:
+    for rows in (3, 45, 100):
+        limit = predict(model(), batch(rows), config).peak
+        assert largest_batch(model(), batch(), limit, config) == rows
+        assert largest_batch(model(), batch(), limit - 1, config) == rows - 1
+
+
+def test_budgets() -> None:
+    assert parse_budget("24GiB") == 24 * 2**30
+    assert parse_budget("80 GB") == 80 * 10**9
+    assert parse_budget("1.5g") == 1_500_000_000
+    assert parse_budget(5) == 5
+    with pytest.raises(ValueError, match="got 'plenty'"):
+        parse_budget("plenty")
+
+
+def test_a_model_without_a_chunkable_loss_skips_that() -> None:
+    net = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+    x = torch.empty(4096, 64)
+    how = {"loss": lambda y: y.square().mean()}
+    plain = predict(net, x, **how).peak
+    assert prac.fit(net, x, plain, **how).name == "plain"
+    found = prac.fit(net, x, plain - 1, **how)
+    assert found.config is not None
+    assert not found.chunked_loss
+    assert "chunked loss" not in found.rejected
