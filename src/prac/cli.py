@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from prac.lab import bench_command, command
+from prac.lab import bench_command, command, memory_command
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     command.add_parser(commands)
     bench_command.add_parser(commands)
+    memory_command.add_parser(commands)
     return top
 
 

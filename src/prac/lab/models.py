@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -92,34 +94,62 @@ def build(model: str, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> PreTr
 
 
 def _from_scratch(size: Size, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+    from transformers import AutoModelForCausalLM
 
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config: LlamaConfig | GPT2Config
+    network: PreTrainedModel = AutoModelForCausalLM.from_config(architecture(size, len(tokenizer), seq_len, **special))
+    return network
+
+
+def architecture(size: Size, vocabulary: int, seq_len: int, **more: Any) -> PreTrainedConfig:
+    """The config of a size, for so many tokens in the vocabulary and in a sequence."""
+    from transformers import GPT2Config, LlamaConfig
+
     if size.family == "llama":
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
+        return LlamaConfig(
+            vocab_size=vocabulary,
             hidden_size=size.hidden,
             intermediate_size=size.intermediate,
             num_attention_heads=size.heads,
             num_hidden_layers=size.layers,
             max_position_embeddings=max(2048, seq_len),
-            **special,
+            **more,
+        )
+    return GPT2Config(
+        vocab_size=vocabulary,
+        n_embd=size.hidden,
+        n_inner=size.intermediate,
+        n_head=size.heads,
+        n_layer=size.layers,
+        # nanoGPT pre-trains without dropout.
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        **more,
+    )
+
+
+def without_weights(model: str, seq_len: int, dtype: torch.dtype) -> PreTrainedModel:
+    """A size, or any causal language model by folder or hub name, on the meta device; no weights are read.
+
+    Sizes get the paper's vocabularies: 32,000 tokens for LLaMA, 50,257 for GPT-2.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check(model)
+    if model in SIZES:
+        size = SIZES[model]
+        # 0 and 1 rather than the ids of some tokenizer; memory does not depend on them.
+        config = architecture(
+            size, 32_000 if size.family == "llama" else 50_257, seq_len, bos_token_id=0, eos_token_id=1
         )
     else:
-        config = GPT2Config(
-            vocab_size=len(tokenizer),
-            n_embd=size.hidden,
-            n_inner=size.intermediate,
-            n_head=size.heads,
-            n_layer=size.layers,
-            # nanoGPT pre-trains without dropout.
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            **special,
-        )
-    network: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    with torch.device("meta"):
+        network: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return network
 
 

@@ -172,3 +172,34 @@ def _grouped(runs: list[Run]) -> dict[str, list[Run]]:
     for run in runs:
         grouped.setdefault(run["method"], []).append(run)
     return grouped
+
+
+def footprint(rows: list[Any]) -> str:
+    """What the predicted peak of each row consists of, as stacked bars."""
+    kinds = list(dict.fromkeys(kind for row in rows for kind in row.at_peak))
+    several = {name: len({getattr(row, name) for row in rows}) > 1 for name in ("loss", "optimizer")}
+    labels = [
+        ", ".join([row.method, *([f"{row.loss} loss"] if several["loss"] else []),
+                   *([row.optimizer] if several["optimizer"] else [])])
+        for row in rows
+    ]  # fmt: skip
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.6, 0.9 + 0.32 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        left = [0.0] * len(rows)
+        colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+        for index, kind in enumerate(kinds):
+            widths = [row.at_peak.get(kind, 0) / 2**30 for row in rows]
+            if max(widths) < 0.005 * max(row.peak_gib for row in rows):
+                continue
+            axes.barh(labels, widths, left=left, color=colours[index % 20], label=kind, height=0.72)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        for index, row in enumerate(rows):
+            axes.annotate(f"{row.peak_gib:.1f}", (row.peak_gib, index), xytext=(4, 0), textcoords="offset points",
+                          va="center", fontsize=8.5)  # fmt: skip
+        axes.invert_yaxis()
+        axes.margins(x=0.08)
+        axes.set(xlabel="predicted peak (GiB)")
+        axes.grid(axis="y", visible=False)
+        axes.legend(loc="lower right", fontsize=8)
+        return svg(figure)

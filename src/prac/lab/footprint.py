@@ -1,0 +1,164 @@
+"""The predicted memory of methods side by side: model × micro-batch × dtype × optimizer × method × loss."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+from prac.config import PRESETS, Config
+from prac.lab import models
+from prac.lab.peers import SAVED
+from prac.memory import Breakdown, predict
+from prac.memory.predict import OptimizerFactory, adamw
+
+PEERS = ("plain", "checkpoint", "selective", "galore")
+DEFAULTS = (*PEERS, "paper", "lean", "lean+attention8", "fast", "small")
+LOSSES = ("plain", "chunked")
+DTYPES = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None), "amp": (torch.float32, torch.bfloat16)}
+
+
+def muon(model: nn.Module) -> list[Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for embeddings, head and vectors."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    outside = {id(p) for m in (model.get_input_embeddings(), head) if m is not None for p in m.parameters()}  # type: ignore[operator]
+    matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in outside]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [torch.optim.Muon(matrices), torch.optim.AdamW(rest, fused=True)]
+
+
+class StateOnly(Optimizer):
+    """An optimizer's state, for counting, where its package cannot run on fake tensors.
+
+    ``adam-mini`` reads numbers off the gradients; ``galore-torch`` needs bitsandbytes to be imported at all.
+
+    Args:
+        parameters: as for any optimizer.
+        state: the tensors it keeps for one parameter.
+    """
+
+    def __init__(self, parameters: Any, state: Callable[[Tensor], list[Tensor]]) -> None:
+        super().__init__(parameters, {})
+        self.of = state
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Make the state of every parameter that has none."""
+        for p in (p for group in self.param_groups for p in group["params"] if not self.state[p]):
+            self.state[p] = {str(i): tensor for i, tensor in enumerate(self.of(p))}
+
+
+def adam_mini(model: nn.Module) -> Optimizer:
+    """Adam-mini: a momentum for each value, one second moment for each row of a matrix (a block has many rows)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return StateOnly(trained, lambda p: [torch.zeros_like(p), torch.zeros_like(p[..., :1] if p.dim() > 1 else p)])
+
+
+def galore(model: nn.Module) -> Optimizer:
+    """GaLore's AdamW at the rank of its paper, a quarter of the hidden size, on the matrices of the blocks.
+
+    Of a matrix it keeps two moments of rank × the longer side, and a projection of rank × the shorter one.
+    """
+    rank = model.get_input_embeddings().weight.shape[1] // 4  # type: ignore[operator]
+    inside = {
+        id(p) for name, p in model.named_parameters() if p.dim() == 2 and any(s.isdigit() for s in name.split("."))
+    }
+
+    def state(p: Tensor) -> list[Tensor]:
+        if id(p) not in inside or min(p.shape) <= rank:
+            return [torch.zeros_like(p), torch.zeros_like(p)]
+        return [p.new_zeros(rank, max(p.shape)), p.new_zeros(rank, max(p.shape)), p.new_zeros(rank, min(p.shape))]
+
+    return StateOnly([p for p in model.parameters() if p.requires_grad], state)
+
+
+OPTIMIZERS: dict[str, OptimizerFactory] = {"adamw": adamw, "adam-mini": adam_mini, "muon": muon}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is to be trained, and how."""
+
+    model: str
+    micro_batch: int
+    seq_len: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """The prediction for one method; ``reduction`` is the share of the first row's peak that it saves."""
+
+    method: str
+    loss: str
+    optimizer: str
+    peak_gib: float
+    activation_gib: float
+    reduction: float
+    where: str
+    at_peak: dict[str, int]
+    kept: dict[str, int]
+
+
+def config_of(method: str) -> Config | None:
+    """The config of a method: a preset, a preset with ``+attention8`` or ``+attention4``, or None for a peer.
+
+    Raises:
+        ValueError: for any other name.
+    """
+    name, plus, attention = method.partition("+attention")
+    if method in PEERS:
+        return None
+    if name not in PRESETS or (plus and attention not in ("4", "8")):
+        raise ValueError(
+            f"unknown method {method!r}; choose from {', '.join((*PEERS, *PRESETS))}, or a preset with +attention8."
+        )
+    return PRESETS[name].replace(attention_bits=int(attention)) if plus else PRESETS[name]
+
+
+def one(setting: Setting, method: str, loss: str, optimizer: str) -> Breakdown:
+    """The prediction for one method."""
+    dtype, autocast = DTYPES[setting.dtype]
+    config = config_of(method)
+    model = models.without_weights(setting.model, setting.seq_len, dtype)
+    if method in ("checkpoint", "selective"):
+        how: dict[str, Any] = {"use_reentrant": False}
+        if method == "selective":
+            how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, list(SAVED))
+        model.gradient_checkpointing_enable(how)
+    ids = torch.empty(setting.micro_batch, setting.seq_len, dtype=torch.long, device="meta")
+    make = galore if method == "galore" else OPTIMIZERS[optimizer]
+    batch = {"input_ids": ids, "labels": ids}
+    return predict(model, batch, config, chunked_loss=loss == "chunked", optimizer=make, autocast=autocast)
+
+
+def rows(
+    setting: Setting,
+    methods: Sequence[str],
+    losses: Sequence[str] = LOSSES,
+    optimizers: Sequence[str] = ("adamw",),
+    notify: Callable[[str], None] = lambda doing: None,
+) -> list[Row]:
+    """Every method with every loss and optimizer; the first one is what the others are compared with."""
+    found: list[Row] = []
+    first = 0
+    for optimizer in optimizers:
+        for loss in losses:
+            for method in methods:
+                if method == "galore" and optimizer != "adamw":
+                    continue  # it is an optimizer itself
+                notify(f"{method}, {loss} loss, {optimizer}")
+                it = one(setting, method, loss, optimizer)
+                first = first or it.peak
+                name = "galore" if method == "galore" else optimizer
+                found.append(
+                    Row(method, loss, name, it.peak / 2**30, it.activations / 2**30, 1 - it.peak / first, it.where,
+                        it.to_dict()["at_peak"], it.to_dict()["kept"])
+                )  # fmt: skip
+    return found

@@ -1,0 +1,77 @@
+"""`prac memory` on the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from prac.cli import main
+from prac.lab import footprint, models
+from prac.memory import predict
+
+SMALL = ["memory", "--model", "llama-tiny", "--micro-batch", "8", "--seq-len", "64"]
+
+
+def test_table_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, plot = tmp_path / "rows.json", tmp_path / "plot.svg"
+    methods = ["plain", "checkpoint", "selective", "galore", "paper", "lean+attention8"]
+    assert main([*SMALL, "--methods", *methods, "--json", str(out), "--plot", str(plot)]) == 0
+    printed = capsys.readouterr().out
+    assert all(method in printed for method in methods)
+    document = json.loads(out.read_text())
+    rows = {(row["method"], row["loss"]): row for row in document["rows"]}
+    assert set(rows) == {(method, loss) for method in methods for loss in ("plain", "chunked")}
+    plain = rows["plain", "plain"]
+    for (_, loss), row in rows.items():
+        assert row["reduction"] == pytest.approx(1 - row["peak_gib"] / plain["peak_gib"])
+        assert sum(row["at_peak"].values()) == pytest.approx(row["peak_gib"] * 2**30)
+        assert row["activation_gib"] <= plain["activation_gib"]
+        assert loss == "plain" or row["peak_gib"] < rows[row["method"], "plain"]["peak_gib"]
+    assert rows["galore", "plain"]["at_peak"]["optimizer"] < plain["at_peak"]["optimizer"]
+    assert rows["checkpoint", "plain"]["activation_gib"] < rows["selective", "plain"]["activation_gib"]
+    assert document["setting"]["command"].startswith("prac memory")
+    assert plot.read_text().startswith("<") and "lean+attention8" in plot.read_text()
+    assert main([*SMALL, "--json", str(out)]) == 2  # it exists
+
+
+def test_a_row_is_what_the_library_predicts() -> None:
+    setting = footprint.Setting("gpt2-124m", 2, 64, "amp")
+    (row,) = footprint.rows(setting, ["lean"], ["plain"])
+    model = models.without_weights("gpt2-124m", 64, torch.float32)
+    ids = torch.empty(2, 64, dtype=torch.long, device="meta")
+    found = predict(model, {"input_ids": ids, "labels": ids}, "lean", autocast=torch.bfloat16)
+    assert row.peak_gib == found.peak / 2**30
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(124e6, rel=0.01)
+
+
+@pytest.mark.parametrize(("optimizer", "states"), [("adamw", 2.0), ("adam-mini", 1.0), ("muon", 1.0)])
+def test_states_of_optimizers(optimizer: str, states: float) -> None:
+    setting = footprint.Setting("llama-tiny", 1, 16, "fp32")
+    (row,) = footprint.rows(setting, ["plain"], ["chunked"], [optimizer])
+    model = models.without_weights("llama-tiny", 16, torch.float32)
+    head = 2 * model.get_output_embeddings().weight.numel()  # embedding and head
+    inside = sum(p.numel() for p in model.parameters()) - head
+    least = states * inside + (2 if optimizer != "adam-mini" else 1) * head
+    assert row.at_peak["optimizer"] / 4 == pytest.approx(least, rel=0.01)
+
+
+def test_budgets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--budget", "100GiB"]) == 0
+    assert "plain fits 100.00 GiB" in capsys.readouterr().out
+    assert main([*SMALL, "--budget", "150MiB"]) == 2
+    assert "is not enough: even small would take" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--model", "no-such-model"], "unknown model"),
+        (["--methods", "magic"], "unknown method 'magic'"),
+        (["--micro-batch", "0"], "--micro-batch must be at least 1"),
+        (["--budget", "plenty"], "a budget is"),
+    ],
+)
+def test_bad_input(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, *arguments]) == 2
+    assert says in capsys.readouterr().err
