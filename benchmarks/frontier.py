@@ -153,8 +153,12 @@ def _draw(rows: list[dict[str, Any]]) -> Figure:
                 continue
             axes.errorbar(x, row["loss_gap"], row["loss_spread"], fmt=marker, color=color, markersize=6, capsize=2,
                           elinewidth=0.7, alpha=0.9, label=label)  # fmt: skip
-            if x_hat is None:
-                axes.annotate(name, (x, row["loss_gap"]), xytext=(6, -3), textcoords="offset points", fontsize=7)
+            # Those that are not about x̂ have no place in the legend; in the last panel most would lie on one spot.
+            if x_hat is None and (axes is panels[1] or name == "paper"):
+                short, offset = {"everything in 4 bits": ("everything in 4 bits", (6, -3)), "paper": ("paper", (6, -3)),
+                                 "4 bits, g and u in 4": ("g, u in 4", (2, -10)),
+                                 "4 bits, g and u in 2": ("g, u in 2", (-30, -10))}[name]  # fmt: skip
+                axes.annotate(short, (x, row["loss_gap"]), xytext=offset, textcoords="offset points", fontsize=7)
     for axes, label in zip(panels, labels, strict=True):
         axes.axhline(0, color=plots.INK, linewidth=0.6)
         axes.set(xlabel=label)
