@@ -143,6 +143,17 @@ def test_eval_and_no_labels_are_left_alone() -> None:
         assert model.train()(**batch()).logits.shape == (3, 17, 97)
 
 
+def test_in_evaluations_too() -> None:
+    model = build("llama").eval()
+    with torch.no_grad():
+        expected = model(**batch()).loss
+        ChunkedLoss(model, always=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: pytest.fail("kept"), lambda t: t):
+            found = model(**batch())
+    torch.testing.assert_close(found.loss, expected)
+    assert found.logits is None
+
+
 def test_a_copy_has_its_own() -> None:
     model = build("llama")
     ChunkedLoss(model)

@@ -24,6 +24,10 @@ from prac.tangible import hollow
 HELP = "leave the loss as it is (loss=None, or --loss plain)"
 
 
+class ChangedLogits(AttributeError, ValueError):
+    """Somebody asked for what logits have and their stand-in has not; an AttributeError, so that hasattr says no."""
+
+
 class Deferred:
     """What the output head returns in place of logits, for the loss that follows."""
 
@@ -31,7 +35,7 @@ class Deferred:
         self.hidden, self.weight, self.bias = hidden, head.weight, head.bias
 
     def _refuse(self, *_: Any) -> NoReturn:
-        raise ValueError(
+        raise ChangedLogits(
             "the chunked loss needs a model that hands its logits to the loss as they are; this one changes them "
             f"first (soft-capping, scaling) or has a loss of its own: {HELP}."
         )
@@ -51,19 +55,20 @@ class ChunkedLoss:
     """Puts the chunked loss into a model, and takes it out again.
 
     In training, when the model is called with ``labels``, its output then has a loss and no logits (None). In eval
-    mode, without labels, or under ``no_grad`` nothing changes.
+    mode, without labels, or under ``no_grad`` nothing changes, unless asked for.
 
     Args:
         model: one of transformers, or a wrapper of one (PEFT).
-        label_smoothing: as for ``F.cross_entropy``.
+        label_smoothing: as for ``F.cross_entropy``; in training alone.
+        always: also in eval mode and under ``no_grad``, for evaluations that want the loss alone.
 
     Raises:
         ValueError: if it has no output head, its loss is not the one for causal language models, or it changes its
             logits before that.
     """
 
-    def __init__(self, model: nn.Module, label_smoothing: float = 0.0) -> None:
-        self.label_smoothing = label_smoothing
+    def __init__(self, model: nn.Module, label_smoothing: float = 0.0, *, always: bool = False) -> None:
+        self.label_smoothing, self.always = label_smoothing, always
         self.model = _with_head(model)
         self.head: nn.Linear = self.model.get_output_embeddings()  # type: ignore[operator]
         self._deferring = False
@@ -102,7 +107,7 @@ class ChunkedLoss:
         labels = kwargs.get("labels")
         if labels is None and args:
             labels = inspect.signature(type(model).forward).bind_partial(model, *args).arguments.get("labels")
-        self._deferring = labels is not None and model.training and torch.is_grad_enabled()
+        self._deferring = labels is not None and (self.always or (model.training and torch.is_grad_enabled()))
 
     def _leave(self, model: nn.Module, args: Any, output: Any) -> Any:
         self._deferring = False
@@ -150,7 +155,7 @@ class ChunkedLoss:
             deferred.bias,
             ignore_index=ignore_index,
             reduction=reduction,
-            label_smoothing=self.label_smoothing,
+            label_smoothing=self.label_smoothing if self.model.training else 0.0,
         )
 
 

@@ -91,6 +91,9 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--warmup", type=float, help="linear warm-up: a fraction of the steps, or a number of steps")
     group.add_argument("--weight-decay", type=float, default=0.1, help="of AdamW (default: 0.1)")
     group.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    group.add_argument("--loss", choices=["auto", "chunked", "plain"], default="auto",
+        help="chunked: exactly the plain loss, without ever making the logits (default: where the model allows it)",
+    )  # fmt: skip
 
 
 def _add_compression(parser: argparse.ArgumentParser) -> None:
@@ -180,6 +183,7 @@ def options(arguments: argparse.Namespace, method: str, seed: int) -> Options:
         tokenizer=arguments.tokenizer or ("bpe:4096" if arguments.model in models.SIZES else arguments.model),
         weight_decay=arguments.weight_decay,
         bf16=arguments.bf16,
+        loss=arguments.loss,
         seed=seed,
         eval_every=tenth if arguments.eval_every is None else arguments.eval_every,
         eval_blocks=arguments.eval_blocks,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
@@ -21,6 +22,7 @@ from prac.memory.predict import OptimizerFactory, adamw
 PEERS = ("plain", "checkpoint", "selective", "galore")
 DEFAULTS = (*PEERS, "paper", "lean", "lean+attention8", "fast", "small")
 LOSSES = ("plain", "chunked")
+HALF = "half"  # as plain, but in the dtype of the logits, as some training code has it
 DTYPES = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None), "amp": (torch.float32, torch.bfloat16)}
 
 
@@ -132,10 +134,17 @@ def one(setting: Setting, method: str, loss: str, optimizer: str) -> Breakdown:
         if method == "selective":
             how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, list(SAVED))
         model.gradient_checkpointing_enable(how)
+    if loss == HALF:
+        model.loss_function = _without_upcast
     ids = torch.empty(setting.micro_batch, setting.seq_len, dtype=torch.long, device="meta")
     make = galore if method == "galore" else OPTIMIZERS[optimizer]
     batch = {"input_ids": ids, "labels": ids}
     return predict(model, batch, config, chunked_loss=loss == "chunked", optimizer=make, autocast=autocast)
+
+
+def _without_upcast(logits: Tensor, labels: Tensor, vocab_size: int, **_: Any) -> Tensor:
+    labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
+    return F.cross_entropy(logits.view(-1, vocab_size), labels.reshape(-1))
 
 
 def rows(

@@ -52,8 +52,9 @@ def add_parser(commands: Any) -> None:
         help="plain, checkpoint, selective, galore, or a preset, such as lean or lean+attention8"
         " (default: those that matter)",
     )  # fmt: skip
-    how.add_argument("--loss", nargs="+", choices=["plain", "chunked"], default=["plain", "chunked"],
-        help="with the logits, or in chunks without them (default: both)",
+    how.add_argument("--loss", nargs="+", choices=["plain", "chunked", "half"], default=["plain", "chunked"],
+        help="plain: of logits in float32, as transformers has it; chunked: without them; half: of logits as the model "
+        "has them (default: plain chunked)",
     )  # fmt: skip
     how.add_argument("--optimizer", nargs="+", choices=["adamw", "adam-mini", "muon"], default=["adamw"],
         help="default: adamw",

@@ -21,7 +21,7 @@ from prac.lab.callbacks import Metrics, Progress, SaveHandle, Spectra, handle_fi
 from prac.lab.options import Options, differences
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 # What may differ between a run and its resumption.
 FREE = ("eval_every", "eval_blocks", "save_every")
@@ -70,6 +70,7 @@ def run(options: Options, out: Path, resume: bool = False, callbacks: Sequence[T
 
     set_seed(options.seed)
     model = models.build(options.model, tokenizer, options.seq_len)
+    loss = _chunk_loss(model, options.loss)
     handle = None
     if options.config is not None:
         handle = prac.compress(model, options.config, include=options.include, exclude=options.exclude)
@@ -113,6 +114,7 @@ def run(options: Options, out: Path, resume: bool = False, callbacks: Sequence[T
         "data": options.data,
         "tokenizer": options.tokenizer,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "loss": loss,
         "steps": trainer.state.global_step,
         "tokens": int(trainer.state.num_input_tokens_seen),
         "val_loss": val_loss,
@@ -197,10 +199,23 @@ def _open(out: Path, options: Options) -> None:
 
 def _check_same(options: Options, out: Path) -> None:
     old = results.read(out / "config.json")["options"]
+    old.setdefault("loss", "plain")  # what there was before there was a choice
     if old["config"] is not None:  # one written before some field existed has that field's default
         old["config"] = prac.Config.from_dict(old["config"]).to_dict()
     if changed := differences(old, options.to_dict(), ignore=FREE):
         raise ValueError(f"cannot resume {out}, it was run with other options ({'; '.join(changed)}).")
+
+
+def _chunk_loss(model: nn.Module, wanted: str) -> str:
+    """Put the chunked loss into the model if it is wanted, or may be had; returns which one it has."""
+    if wanted != "plain":
+        try:
+            prac.ChunkedLoss(model, always=True)  # nobody here looks at logits
+            return "chunked"
+        except ValueError:
+            if wanted == "chunked":
+                raise
+    return "plain"
 
 
 def _arguments(options: Options, out: Path) -> TrainingArguments:

@@ -48,6 +48,8 @@ def linear_cross_entropy(
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be mean or sum, got {reduction!r}.")
+    if not torch.is_grad_enabled():  # which the op could not see
+        x_MN, weight_VN, bias_V = x_MN.detach(), weight_VN.detach(), None if bias_V is None else bias_V.detach()
     total = apply(_LinearCrossEntropy, x_MN, weight_VN, bias_V, target_M, ignore_index, label_smoothing)
     return total / (target_M != ignore_index).sum() if reduction == "mean" else total
 
