@@ -129,6 +129,8 @@ def one(setting: Setting, method: str, loss: str, optimizer: str) -> Breakdown:
     dtype, autocast = DTYPES[setting.dtype]
     config = config_of(method)
     model = models.without_weights(setting.model, setting.seq_len, dtype)
+    # As the Trainer has it: a cache would hold every k and v until the forward pass is over.
+    model.config.use_cache = False
     if method in ("checkpoint", "selective"):
         how: dict[str, Any] = {"use_reentrant": False}
         if method == "selective":
