@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import build
+from models import IDS, build
 from torch import Tensor, nn
 
 import prac
@@ -216,6 +216,14 @@ def test_a_model_whose_loss_cannot_be_chunked_is_left_uncompressed() -> None:
     assert prac.compress(model, prac.PRESETS["lean"].replace(min_width=8))
     with pytest.raises(ValueError, match="must be"):
         prac.compress(build("llama"), loss="liger")  # type: ignore[arg-type]
+
+
+def test_a_config_that_does_not_fit_leaves_the_loss_as_it_was() -> None:
+    model = build("llama").train()
+    with pytest.raises(ValueError, match="r1"):
+        prac.compress(model, prac.Config(linear=prac.Rank(33, 0)), loss="chunked")
+    assert model(input_ids=IDS, labels=IDS).logits is not None
+    assert "forward" not in vars(model.get_output_embeddings())
 
 
 def test_with_lora() -> None:

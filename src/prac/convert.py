@@ -136,9 +136,10 @@ def compress(
         skipped = sorted({reason for reason in reasons.values() if reason}) or ["no known layer in it"]
         raise ValueError(f"nothing to compress in this {type(model).__name__}: {'; '.join(skipped)}.")
 
-    chunked = ChunkedLoss(model) if loss == "chunked" else None
     clock = Clock(model)
     layers = {name: plan.layer(name, clock) for name in chosen}
+    # All that may raise comes before the model is changed, and the loss takes itself out again where it does not fit.
+    chunked = ChunkedLoss(model) if loss == "chunked" else None
     for name, (match, estimators) in layers.items():
         swap(modules[name], match, estimators)
     for group in plan.groups():

@@ -47,7 +47,6 @@ def probe(model: nn.Module, names: Sequence[str], example: Example) -> Structure
     reads: dict[str, Tensor] = {}
     writes: dict[str, Any] = {}
     inside: list[str] = []  # the watched modules that are running
-    running = [""]  # and all
     structure = Structure()
     kept_by_others: dict[int, Tensor] = {}
 
@@ -74,9 +73,6 @@ def probe(model: nn.Module, names: Sequence[str], example: Example) -> Structure
         return tensor
 
     hooks: list[Any] = []
-    for name, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(lambda module, args, name=name: running.append(name)))
-        hooks.append(module.register_forward_hook(lambda module, args, output: (running.pop(), None)[1]))
     for name in names:
         module = model.get_submodule(name)
         hooks += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave(name))]
@@ -86,16 +82,17 @@ def probe(model: nn.Module, names: Sequence[str], example: Example) -> Structure
             torch.enable_grad(),
             torch.random.fork_rng(),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            _WatchAttention(lambda widths: structure.attention.setdefault(running[-1], widths)),
+            running(model) as stack,
+            _WatchAttention(lambda widths: structure.attention.setdefault(stack[-1], widths)),
         ):
             output = call(model, example)
     finally:
         for hook in hooks:
             hook.remove()
 
-    outputs = _tensors(output)
+    outputs = tensors_in(output)
     results = {id(t) for t in outputs}
-    samples = {t.shape[0] for t in _tensors(example) if t.dim() > 0}
+    samples = {t.shape[0] for t in tensors_in(example) if t.dim() > 0}
     tokens = max((t.numel() // t.shape[-1] for t in reads.values()), default=0)
     uses = _uses(outputs)
     for name, x in reads.items():
@@ -183,6 +180,37 @@ def call(model: nn.Module, example: Example) -> Any:
 
 
 @contextmanager
+def running(model: nn.Module) -> Iterator[list[str]]:
+    """The names of the modules of ``model`` that run, the innermost last, kept up to date inside the block.
+
+    It begins with ``""`` for what runs outside of them. Layers that run as one operation do so also while they are
+    watched.
+    """
+    names = [""]
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            names.append(name)
+
+        hook.only_counts = True  # type: ignore[attr-defined]
+        return hook
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        names.pop()
+
+    leave.only_counts = True  # type: ignore[attr-defined]
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(enter(name)))
+        hooks.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield names
+    finally:
+        for each in hooks:
+            each.remove()
+
+
+@contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     """The model in training or eval mode, each module's own mode put back afterwards."""
     modes = {module: module.training for module in model.modules()}
@@ -194,9 +222,10 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors in nested lists and mappings."""
     if isinstance(tree, Tensor):
         return [tree]
     if isinstance(tree, Mapping):
         tree = list(tree.values())
-    return [t for item in tree for t in _tensors(item)] if isinstance(tree, list | tuple) else []
+    return [t for item in tree for t in tensors_in(item)] if isinstance(tree, list | tuple) else []

@@ -60,7 +60,7 @@ class _Subject:
     handle: Handle | None
     errors: dict[str, Any]  # the fields of a row that say how far its gradients are off
     kept: int
-    allocated: meters.Allocated
+    allocated: meters.StepBytes
     flops: int
     seconds: list[float] = field(default_factory=list)
     refreshing: list[float] = field(default_factory=list)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from prac.lab import models
 from prac.lab.peers import SAVED
 from prac.memory import Breakdown, predict
 from prac.memory.predict import OptimizerFactory, adamw
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PEERS = ("plain", "checkpoint", "selective", "galore")
 DEFAULTS = (*PEERS, "paper", "lean", "lean+attention8", "fast", "small")
@@ -124,13 +127,20 @@ def config_of(method: str) -> Config | None:
     return PRESETS[name].replace(attention_bits=int(attention)) if plus else PRESETS[name]
 
 
-def one(setting: Setting, method: str, loss: str, optimizer: str) -> Breakdown:
-    """The prediction for one method."""
-    dtype, autocast = DTYPES[setting.dtype]
-    config = config_of(method)
+def materials(setting: Setting) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """The model and a batch, both without numbers."""
+    dtype, _ = DTYPES[setting.dtype]
     model = models.without_weights(setting.model, setting.seq_len, dtype)
     # As the Trainer has it: a cache would hold every k and v until the forward pass is over.
     model.config.use_cache = False
+    ids = torch.empty(setting.micro_batch, setting.seq_len, dtype=torch.long, device="meta")
+    return model, {"input_ids": ids, "labels": ids}
+
+
+def one(setting: Setting, method: str, loss: str, optimizer: str) -> Breakdown:
+    """The prediction for one method."""
+    config = config_of(method)
+    model, batch = materials(setting)
     if method in ("checkpoint", "selective"):
         how: dict[str, Any] = {"use_reentrant": False}
         if method == "selective":
@@ -138,9 +148,8 @@ def one(setting: Setting, method: str, loss: str, optimizer: str) -> Breakdown:
         model.gradient_checkpointing_enable(how)
     if loss == HALF:
         model.loss_function = _without_upcast
-    ids = torch.empty(setting.micro_batch, setting.seq_len, dtype=torch.long, device="meta")
     make = galore if method == "galore" else OPTIMIZERS[optimizer]
-    batch = {"input_ids": ids, "labels": ids}
+    _, autocast = DTYPES[setting.dtype]
     return predict(model, batch, config, chunked_loss=loss == "chunked", optimizer=make, autocast=autocast)
 
 
@@ -166,10 +175,11 @@ def rows(
                     continue  # it is an optimizer itself
                 notify(f"{method}, {loss} loss, {optimizer}")
                 it = one(setting, method, loss, optimizer)
+                parts = it.to_dict()
                 first = first or it.peak
                 name = "galore" if method == "galore" else optimizer
                 found.append(
                     Row(method, loss, name, it.peak / 2**30, it.activations / 2**30, 1 - it.peak / first, it.where,
-                        it.to_dict()["at_peak"], it.to_dict()["kept"])
+                        parts["at_peak"], parts["kept"])
                 )  # fmt: skip
     return found

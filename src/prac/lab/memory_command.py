@@ -68,7 +68,11 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace, argv: list[str]) -> int:
-    """Run ``prac memory``; returns 0, or 1 where a budget cannot be met."""
+    """Run ``prac memory``; returns 0.
+
+    Raises:
+        ValueError: on bad input, and where a budget cannot be met; the message says what would do.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
@@ -85,16 +89,11 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
         raise ValueError(f"--micro-batch must be at least 1 and --seq-len at least 2, got {micro_batch} and {seq_len}.")
     setting = footprint.Setting(arguments.model, micro_batch, seq_len, arguments.dtype)
     if arguments.budget:
-        import torch
-
-        dtype, autocast = footprint.DTYPES[setting.dtype]
-        model = models.without_weights(setting.model, seq_len, dtype)
-        ids = torch.empty(micro_batch, seq_len, dtype=torch.long, device="meta")
+        model, batch = footprint.materials(setting)
         make = footprint.OPTIMIZERS[arguments.optimizer[0]]
+        _, autocast = footprint.DTYPES[setting.dtype]
         with Console(stderr=True).status("trying the mildest first"):
-            found = memory.fit(
-                model, {"input_ids": ids, "labels": ids}, arguments.budget, optimizer=make, autocast=autocast
-            )
+            found = memory.fit(model, batch, arguments.budget, optimizer=make, autocast=autocast)
         print(found)
         return 0
     methods = list(dict.fromkeys(arguments.methods or footprint.DEFAULTS))

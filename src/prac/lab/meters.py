@@ -84,7 +84,7 @@ class _Outputs(TorchDispatchMode):
 # --- bytes at the peak -------------------------------------------------------------------------
 
 
-class Allocated(NamedTuple):
+class StepBytes(NamedTuple):
     """Bytes allocated above what was there before the step.
 
     ``held``: when the forward pass was over, without its output. ``peak``: at the highest point of the step, which
@@ -95,7 +95,7 @@ class Allocated(NamedTuple):
     peak: int
 
 
-def allocated_bytes(block: nn.Module, x: Tensor, dy: Tensor) -> Allocated:
+def allocated_bytes(block: nn.Module, x: Tensor, dy: Tensor) -> StepBytes:
     """What one step allocates, as torch's own allocator of the device sees it.
 
     That includes compiled code and tensors made inside operators, but not what a library takes from the system by
@@ -106,7 +106,7 @@ def allocated_bytes(block: nn.Module, x: Tensor, dy: Tensor) -> Allocated:
         y = block(x)
         found.mark()
         y.backward(dy)
-    return Allocated(found.marked - y.untyped_storage().nbytes(), found.peak)
+    return StepBytes(found.marked - y.untyped_storage().nbytes(), found.peak)
 
 
 # --- operations ----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 
 from prac.lab import files, plots, results, table
+from prac.memory.breakdown import size
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -39,8 +40,8 @@ def headlines(rows: list[results.Row]) -> list[dict[str, Any]]:
         runs = next(iter(grouped.values()), plain or [])
         facts = [
             (f"{results.mean(runs, 'val_loss'):.3f}", "validation loss"),
-            (table.size(results.mean(runs, "kept_bytes")), "kept for backward"),
-            (table.size(results.mean(runs, "peak_bytes")), "peak memory"),
+            (size(results.mean(runs, "kept_bytes")), "kept for backward"),
+            (size(results.mean(runs, "peak_bytes")), "peak memory"),
             (f"{results.mean(runs, 'tokens_per_s'):,.0f}", "tokens per second"),
         ]
         return [{"method": runs[0]["method"], "facts": facts}]

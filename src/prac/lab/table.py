@@ -6,6 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from prac.lab.results import Row, by_method, mean, spread
+from prac.memory.breakdown import size
 
 HEADINGS = ("method", "val loss", "perplexity", "kept for backward", "less kept", "peak memory", "tokens/s", "speed")
 SHORT = ("method", "val loss", "ppl", "kept", "less", "peak", "tokens/s", "speed")
@@ -61,16 +62,3 @@ def reference(rows: list[Row]) -> str:
         f"{mean_of}Kept: for backward, of one micro-batch of {rows[0]['kept_tokens']:,} tokens. "
         f"Without context a model reaches a loss of {entropy:.3f} at best (unigram entropy)."
     )
-
-
-def size(count: float) -> str:
-    """Bytes for people.
-
-    >>> size(3 * 2**20)
-    '3.0 MiB'
-    """
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"

@@ -55,8 +55,13 @@ def ordered(kinds: Mapping[str, int]) -> dict[str, int]:
 
 
 def size(count: float) -> str:
-    """``1.25 GiB``."""
-    for unit, power in (("GiB", 3), ("MiB", 2), ("KiB", 1)):
-        if count >= 1024**power:
-            return f"{count / 1024**power:.2f} {unit}"
-    return f"{count:.0f} B"
+    """Bytes for people.
+
+    >>> size(3 * 2**20)
+    '3.0 MiB'
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

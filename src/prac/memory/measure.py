@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from prac.memory.allocator import allocated
 from prac.memory.breakdown import Breakdown
 from prac.memory.kinds import kinds
-from prac.memory.parts import loss_of, subspaces, tensors_in
-from prac.structure import Example, call
+from prac.memory.parts import loss_of, subspaces
+from prac.structure import Example, call, running, tensors_in
 
 
 @dataclass
@@ -47,39 +47,19 @@ def track_kept(model: nn.Module, batch: Any = ()) -> Iterator[KeptBytes]:
     owned = {_storage(t) for t in (*model.parameters(), *model.buffers(), *tensors_in(batch))}
     # Holding on to what was saved keeps its address from being given to another tensor.
     counted: dict[int, Tensor] = {}
-    running = [""]
 
     def pack(tensor: Tensor) -> Tensor:
         key = _storage(tensor)
         if key not in owned and key not in counted and not (tensor.is_leaf and tensor.requires_grad):
             counted[key] = tensor.detach()
-            name = running[-1]
+            name = names[-1]
             kept.by_module[name] = kept.by_module.get(name, 0) + tensor.untyped_storage().nbytes()
         return tensor
 
-    def enter(name: str) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
-            running.append(name)
-
-        hook.only_counts = True  # type: ignore[attr-defined]
-        return hook
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        running.pop()
-
-    # Layers that run as one operation do so also while they are counted.
-    leave.only_counts = True  # type: ignore[attr-defined]
-
-    hooks = []
-    for name, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(enter(name)))
-        hooks.append(module.register_forward_hook(leave, always_call=True))
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with running(model) as names, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield kept
     finally:
-        for hook in hooks:
-            hook.remove()
         counted.clear()
 
 
@@ -97,8 +77,8 @@ def measure(
 ) -> Breakdown:
     """The memory of a real training step of ``model``, compressed or not, as :func:`prac.predict` breaks it down.
 
-    Runs forward and backward three times: to compile what is compiled, to count what autograd keeps, by module, and
-    to watch the allocator. The weights stay as they are, the model's gradients are freed.
+    Runs forward three times and backward twice: to compile what is compiled, to count what autograd keeps, by module,
+    and to watch the allocator. The weights stay as they are, the model's gradients are freed.
 
     Args:
         model: in the mode and on the device that it trains on.

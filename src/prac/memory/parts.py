@@ -1,4 +1,4 @@
-"""The parts of a training step: its loss, its tensors."""
+"""The parts of a training step: its loss, its subspaces."""
 
 from __future__ import annotations
 
@@ -25,15 +25,6 @@ def loss_of(output: Any, loss: Callable[[Any], Tensor] | None = None) -> Tensor:
             "the model's output has no loss: put labels into the batch, or give loss=, a function of the output."
         )
     return value
-
-
-def tensors_in(tree: Any) -> list[Tensor]:
-    """All tensors in nested lists and mappings."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    if isinstance(tree, Mapping):
-        tree = list(tree.values())
-    return [t for item in tree for t in tensors_in(item)] if isinstance(tree, list | tuple) else []
 
 
 def subspaces(model: nn.Module) -> list[Tensor]:

@@ -16,9 +16,9 @@ from prac.layers import Compressed
 from prac.loss import ChunkedLoss
 from prac.memory.breakdown import Breakdown
 from prac.memory.kinds import ACTIVATIONS
-from prac.memory.parts import loss_of, subspaces, tensors_in
+from prac.memory.parts import loss_of, subspaces
 from prac.memory.tracker import Tracker
-from prac.structure import Example, call
+from prac.structure import Example, call, tensors_in
 from prac.tangible import hollow
 
 OptimizerFactory = Callable[[nn.Module], Optimizer | Sequence[Optimizer]]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from prac import fused
 from prac.memory.kinds import kinds
+from prac.structure import running
 
 
 @dataclass
@@ -105,7 +106,7 @@ class Tracker(TorchDispatchMode):
     def __enter__(self) -> Tracker:
         self._stack.enter_context(fused.run_by(self._one_kernel))
         self._stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
-        self._stack.enter_context(self._names())
+        self._running = self._stack.enter_context(running(self.model))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -170,28 +171,3 @@ class Tracker(TorchDispatchMode):
     def _unpack(self, saved: _Saved) -> Tensor:
         self._backward_of = saved.module
         return saved.tensor
-
-    @contextmanager
-    def _names(self) -> Iterator[None]:
-        """Know which module runs."""
-
-        def enter(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any) -> None:
-                self._running.append(name)
-
-            hook.only_counts = True  # type: ignore[attr-defined]
-            return hook
-
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            self._running.pop()
-
-        leave.only_counts = True  # type: ignore[attr-defined]
-        hooks = []
-        for name, module in self.model.named_modules():
-            hooks.append(module.register_forward_pre_hook(enter(name)))
-            hooks.append(module.register_forward_hook(leave, always_call=True))
-        try:
-            yield
-        finally:
-            for each in hooks:
-                each.remove()
