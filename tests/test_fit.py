@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import prac
-from prac.memory import largest_batch, predict
+from prac.memory import largest_batch, measure, predict
 from prac.memory.fit import LADDER, parse_budget
 
 
@@ -86,3 +88,45 @@ def test_a_model_without_a_chunkable_loss_skips_that() -> None:
     assert found.config is not None
     assert not found.chunked_loss
     assert "chunked loss" not in found.rejected
+
+
+def real_model() -> nn.Module:
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM(model().config)
+
+
+def real_batch(rows: int = 32) -> dict[str, Tensor]:
+    ids = torch.randint(0, 512, (rows, 64), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "labels": ids}
+
+
+def test_checked_against_a_real_step() -> None:
+    """What is predicted to fit is tried; the model and its random numbers are as before."""
+    net = real_model().eval()
+    before, random = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
+    found = prac.fit(net, real_batch(), PEAKS["lean"] * 11 // 10, check=True)
+    assert found.name == "lean"
+    assert found.real == pytest.approx(found.predicted.peak, rel=0.05)
+    assert "when tried" in str(found)
+    assert not net.training
+    assert type(net.model.layers[0].mlp).__name__ == "LlamaMLP"
+    assert net(**real_batch()).logits is not None
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+
+
+def test_a_real_step_that_takes_more_goes_on_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def too_much(*args: object, **kwargs: object) -> object:
+        tried.append("")
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError
+        return measure(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sys.modules["prac.memory.fit"], "measure", too_much)
+    found = prac.fit(real_model(), real_batch(), PEAKS["plain"] * 11 // 10, check=True)
+    assert found.name == "chunked loss"
+    assert found.rejected == {"plain": PEAKS["plain"] * 11 // 10 + 1}
+    assert len(tried) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -11,13 +12,16 @@ from models import build
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import prac
 from prac import tangible
+from prac.lab.footprint import OPTIMIZERS
+from prac.lab.peers import SAVED
 from prac.memory import Breakdown, measure, predict, track_kept
 
 FAMILIES = ("llama", "qwen2", "gemma2", "gpt2", "t5", "vit", "bert")
-METHODS = ("plain", "checkpoint", "paper", "pac", "rac", "lean", "fast", "small", "finetune")
+METHODS = ("plain", "checkpoint", "selective", "paper", "pac", "rac", "lean", "fast", "small", "finetune")
 
 
 def batch_for(family: str) -> dict[str, Tensor]:
@@ -33,8 +37,12 @@ def batch_for(family: str) -> dict[str, Tensor]:
 
 def prepared(family: str, method: str) -> tuple[nn.Module, prac.Config | None]:
     model = build(family).train()
-    if method == "checkpoint":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if method in ("checkpoint", "selective"):
+        how: dict[str, Any] = {"use_reentrant": False}
+        if method == "selective":
+            how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, list(SAVED))
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(how)
     return model, prac.PRESETS[method].replace(min_width=8) if method in prac.PRESETS else None
 
 
@@ -64,6 +72,55 @@ def test_under_autocast(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRAC_COMPILE", "0")
     model, config = prepared("llama", method)
     agree(model, batch_for("llama"), config, autocast=torch.bfloat16)
+
+
+@pytest.mark.parametrize("method", ["plain", "checkpoint", "paper", "lean"])
+def test_without_logits(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRAC_COMPILE", "0")
+    model, config = prepared("llama", method)
+    predicted = predict(model, batch_for("llama"), config, optimizer=None, chunked_loss=True)
+    if config is None:
+        prac.ChunkedLoss(model)
+    else:
+        prac.compress(model, config, loss="chunked")
+    measured = measure(model, batch_for("llama"))
+    assert predicted.peak == pytest.approx(measured.peak, rel=0.03)
+    assert predicted.activations == pytest.approx(measured.activations, rel=0.03)
+    assert predicted.kept["logits"] < 0.3 * predict(build("llama"), batch_for("llama"), config).kept["logits"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_states_of_real_optimizers(optimizer: str) -> None:
+    make = OPTIMIZERS[optimizer]
+    model = build("llama").train()
+    predicted = predict(model, batch_for("llama"), optimizer=make)
+    made = make(model)
+    for each in made if isinstance(made, list) else [made]:
+        model(**batch_for("llama")).loss.backward()
+        each.step()
+        measured = measure(model, batch_for("llama"), optimizer=each)
+        predicted.at_peak["optimizer"] -= measured.at_peak["optimizer"]
+    assert abs(predicted.at_peak["optimizer"]) < 0.01 * measured.at_peak["parameters"]  # steps are numbers of their own
+
+
+def test_some_layers_alone() -> None:
+    """As compress takes them."""
+    how = {"exclude": "*.mlp*", "include": "*layers*"}
+    model, config = prepared("llama", "paper")
+    assert config is not None
+    predicted = predict(model, batch_for("llama"), config, optimizer=None, **how)
+    assert predicted.activations > predict(model, batch_for("llama"), config).activations
+    prac.compress(model, config, **how)
+    assert predicted.activations == pytest.approx(measure(model, batch_for("llama")).activations, rel=0.03)
+
+
+def test_inputs_of_checkpointed_blocks_have_a_kind_of_their_own() -> None:
+    model, _ = prepared("llama", "checkpoint")
+    found, measured = predict(model, batch_for("llama")), measure(model, batch_for("llama"))
+    blocks = 2 * batch_for("llama")["input_ids"].numel() * 32 * 4
+    assert found.kept["checkpoint"] == pytest.approx(blocks, rel=0.02)
+    assert measured.kept["checkpoint"] == pytest.approx(blocks, rel=0.05)
+    assert "other" not in found.kept
 
 
 @pytest.mark.parametrize("method", ["lean", "fast", "small"])

@@ -112,6 +112,52 @@ def test_table_3() -> None:
     assert kept.total == FLOAT * 2 * B * S * (r1 + r2)
 
 
+def of_a_block(config: prac.Config | None) -> int:
+    """Bytes that one block of a whole GPT-2 keeps, as predicted: of three blocks, less that of two."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    found = []
+    for layers in (2, 3):
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                n_embd=N, n_head=HEADS, n_layer=layers, n_positions=S, vocab_size=50, resid_pdrop=0.0, embd_pdrop=0.0,
+                attn_pdrop=0.0, activation_function="gelu", attn_implementation="sdpa", use_cache=False,
+            )
+        )  # fmt: skip
+        ids = torch.zeros(B, S, dtype=torch.long)
+        found.append(prac.predict(model, {"input_ids": ids, "labels": ids}, config).activations)
+    return found[1] - found[0]
+
+
+@pytest.mark.parametrize("fractions", [(0.3, 0.3), (0.1, 0.25)])
+def test_appendix_b_in_a_whole_model_as_predicted(fractions: tuple[float, float]) -> None:
+    """Table 6 summed up, per token: norms, q/k/v and up take n each, GELU and down m; with PRAC their ranks."""
+    rank = prac.Rank(*fractions)
+    r_n, r_m = (sum(math.floor(f * width + 1e-9) for f in fractions) for width in (N, M))
+    attention, statistics = 3 * N + N + HEADS, 2 * 2
+    baseline = FLOAT * B * S * (4 * N + 2 * M + attention + statistics)
+    # A_h is kept twice: the output of attention by attention itself, and compressed for W_o.
+    compressed = FLOAT * B * S * (5 * r_n + 2 * r_m + attention + statistics)
+    assert of_a_block(None) == baseline
+    assert of_a_block(prac.Config(linear=rank, norm=rank, activation=rank, min_width=1)) == compressed
+
+
+def test_section_5_2_and_its_forty_percent() -> None:
+    """At r1 + r2 = 0.6n, "over 40% reduction in the activations": counted as in Table 6, but not in memory.
+
+    The table counts A_h for W_o (13n in all); but without compression that is attention's own output, which is kept
+    anyway (12n). So it is 35% of what is compressed, and 26% of the block with attention.
+    """
+    rank = prac.Rank(0.3, 0.3)
+    paper = prac.Config(linear=rank, norm=rank, activation=rank, min_width=1)
+    baseline, compressed = of_a_block(None), of_a_block(paper)
+    unit, rest = FLOAT * B * S * N, FLOAT * B * S * (4 * N + HEADS + 4)  # of attention and the statistics
+    rounding = 0.02  # 0.3 n is rounded down, twice
+    assert 1 - (compressed - rest) / (baseline - rest + unit) == pytest.approx(0.40, abs=rounding)
+    assert 1 - (compressed - rest) / (baseline - rest) == pytest.approx(1 - 7.8 / 12, abs=rounding)
+    assert 1 - compressed / baseline == pytest.approx(1 - 11.8 / 16, abs=rounding)
+
+
 def test_paper_preset_is_section_5_1() -> None:
     """⌊0.3n⌋ + ⌊0.3n⌋ for linear layers, ⌊0.2n⌋ + ⌊0.2n⌋ for norms and activations, every 500 steps."""
     paper = prac.PRESETS["paper"]

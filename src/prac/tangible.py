@@ -38,11 +38,16 @@ def tangible(module: nn.Module) -> Iterator[nn.Module]:
         memo: dict[int, object] = {}  # deepcopy takes these for the copies of the hollow ones
         for tensor in hollow:
             dtype = tensor.dtype if tensor.is_floating_point() else torch.float32
-            values = (
-                torch.rand(tensor.shape, generator=generator, dtype=torch.float32, device="cpu").sub_(0.5).to(dtype)
-            )
+            values = _random(tensor.shape, generator).to(dtype)
             memo[id(tensor)] = nn.Parameter(values) if isinstance(tensor, nn.Parameter) else values.to(tensor.dtype)
         yield copy.deepcopy(module, memo)
+
+
+def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Uniform in ±½. Of a large one, pieces repeat: nothing is computed with it but whether two formulas agree."""
+    count = shape.numel()
+    piece = torch.rand(min(count, 65_537), generator=generator, device="cpu", dtype=torch.float32).sub_(0.5)
+    return piece.repeat(-(-count // max(1, len(piece))))[:count].view(shape)
 
 
 @contextmanager

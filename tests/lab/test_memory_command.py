@@ -57,6 +57,31 @@ def test_states_of_optimizers(optimizer: str, states: float) -> None:
     assert row.at_peak["optimizer"] / 4 == pytest.approx(least, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("model", "method", "loss", "exclude", "published"),
+    [
+        ("llama-130m", "plain", "half", None, 21.26),
+        ("llama-130m", "paper", "half", ("*.mlp",), 15.65),
+        ("llama-130m", "galore", "half", None, 21.08),
+        ("gpt2-355m", "plain", "plain", None, 55.94),
+        ("gpt2-355m", "paper", "plain", None, 44.21),
+    ],
+)
+def test_table_2(model: str, method: str, loss: str, exclude: tuple[str, ...] | None, published: float) -> None:
+    """As the paper trained; all of it is in benchmarks/table2.py."""
+    batch, length, dtype = (128, 256, "bf16") if model.startswith("llama") else (32, 1024, "amp")
+    setting = footprint.Setting(model, batch, length, dtype, exclude=exclude)
+    found = footprint.one(setting, method, loss, "galore" if method == "galore" else "adamw")
+    assert found.peak / 1e9 == pytest.approx(published, rel=0.05)
+
+
+def test_in_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting, methods = footprint.Setting("llama-tiny", 2, 16, "bf16"), ["plain", "lean", "galore"]
+    expected = footprint.rows(setting, methods)
+    monkeypatch.setattr(footprint, "WORTH_PROCESSES", 0)
+    assert footprint.rows(setting, methods) == expected
+
+
 def test_budgets(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--budget", "100GiB"]) == 0
     assert "plain fits 100.00 GiB" in capsys.readouterr().out
@@ -71,6 +96,7 @@ def test_budgets(capsys: pytest.CaptureFixture[str]) -> None:
         (["--methods", "magic"], "unknown method 'magic'"),
         (["--micro-batch", "0"], "--micro-batch must be at least 1"),
         (["--budget", "plenty"], "a budget is"),
+        (["--methods", "lean", "--exclude", "*"], "nothing to compress"),
     ],
 )
 def test_bad_input(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

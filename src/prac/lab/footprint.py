@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 PEERS = ("plain", "checkpoint", "selective", "galore")
 DEFAULTS = (*PEERS, "paper", "lean", "lean+attention8", "fast", "small")
 LOSSES = ("plain", "chunked")
+WORTH_PROCESSES = 20  # seconds; starting them takes some 8
 HALF = "half"  # as plain, but in the dtype of the logits, as some training code has it
 DTYPES = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None), "amp": (torch.float32, torch.bfloat16)}
 
@@ -83,7 +88,7 @@ def galore(model: nn.Module) -> Optimizer:
     return StateOnly([p for p in model.parameters() if p.requires_grad], state)
 
 
-OPTIMIZERS: dict[str, OptimizerFactory] = {"adamw": adamw, "adam-mini": adam_mini, "muon": muon}
+OPTIMIZERS: dict[str, OptimizerFactory] = {"adamw": adamw, "adam-mini": adam_mini, "muon": muon, "galore": galore}
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,8 @@ class Setting:
     micro_batch: int
     seq_len: int
     dtype: str
+    include: tuple[str, ...] | None = None  # patterns of module names, as prac.compress takes them
+    exclude: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -145,12 +152,16 @@ def one(setting: Setting, method: str, loss: str, optimizer: str) -> Breakdown:
         how: dict[str, Any] = {"use_reentrant": False}
         if method == "selective":
             how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, list(SAVED))
-        model.gradient_checkpointing_enable(how)
+        # The name before transformers 5.23.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(how)
     if loss == HALF:
         model.loss_function = _without_upcast
-    make = galore if method == "galore" else OPTIMIZERS[optimizer]
     _, autocast = DTYPES[setting.dtype]
-    return predict(model, batch, config, chunked_loss=loss == "chunked", optimizer=make, autocast=autocast)
+    return predict(
+        model, batch, config, include=setting.include, exclude=setting.exclude, chunked_loss=loss == "chunked",
+        optimizer=OPTIMIZERS[optimizer], autocast=autocast,
+    )  # fmt: skip
 
 
 def _without_upcast(logits: Tensor, labels: Tensor, vocab_size: int, **_: Any) -> Tensor:
@@ -163,23 +174,39 @@ def rows(
     methods: Sequence[str],
     losses: Sequence[str] = LOSSES,
     optimizers: Sequence[str] = ("adamw",),
-    notify: Callable[[str], None] = lambda doing: None,
+    notify: Callable[[str], None] = lambda done: None,
 ) -> list[Row]:
-    """Every method with every loss and optimizer; the first one is what the others are compared with."""
+    """Every method with every loss and optimizer; the first one is what the others are compared with.
+
+    Large models are predicted by one process for each processor, so a script that calls this needs the usual
+    ``if __name__ == "__main__"``. ``notify`` gets the name of each row that is done.
+    """
+    ways = [
+        (method, loss, "galore" if method == "galore" else optimizer)
+        for optimizer in optimizers
+        for loss in losses
+        for method in methods
+        if method != "galore" or optimizer == optimizers[0]  # it is an optimizer itself
+    ]
     found: list[Row] = []
-    first = 0
-    for optimizer in optimizers:
-        for loss in losses:
-            for method in methods:
-                if method == "galore" and optimizer != "adamw":
-                    continue  # it is an optimizer itself
-                notify(f"{method}, {loss} loss, {optimizer}")
-                it = one(setting, method, loss, optimizer)
-                parts = it.to_dict()
-                first = first or it.peak
-                name = "galore" if method == "galore" else optimizer
-                found.append(
-                    Row(method, loss, name, it.peak / 2**30, it.activations / 2**30, 1 - it.peak / first, it.where,
-                        parts["at_peak"], parts["kept"])
-                )  # fmt: skip
+    for (method, loss, optimizer), it in zip(ways, _predictions(setting, ways), strict=True):
+        peak, parts = it.peak / 2**30, it.to_dict()
+        less = 1 - peak / found[0].peak_gib if found else 0.0
+        found.append(
+            Row(method, loss, optimizer, peak, it.activations / 2**30, less, it.where, parts["at_peak"], parts["kept"])
+        )
+        notify(f"{method}, {loss} loss, {optimizer}")
     return found
+
+
+def _predictions(setting: Setting, ways: Sequence[tuple[str, str, str]]) -> Iterator[Breakdown]:
+    """One for each way, in order."""
+    materials(setting)  # imports what the first prediction would be charged with
+    begun = time.monotonic()
+    yield one(setting, *ways[0])
+    rest, processors = ways[1:], os.cpu_count() or 1
+    if (time.monotonic() - begun) * len(rest) < WORTH_PROCESSES or processors == 1:
+        yield from (one(setting, *way) for way in rest)
+        return
+    with ProcessPoolExecutor(min(processors, len(rest)), mp_context=get_context("spawn")) as pool:
+        yield from pool.map(one, [setting] * len(rest), *zip(*rest, strict=True))

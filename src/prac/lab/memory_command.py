@@ -59,6 +59,8 @@ def add_parser(commands: Any) -> None:
     how.add_argument("--optimizer", nargs="+", choices=["adamw", "adam-mini", "muon"], default=["adamw"],
         help="default: adamw",
     )  # fmt: skip
+    how.add_argument("--include", nargs="+", metavar="GLOB", help="compress only modules whose name matches")
+    how.add_argument("--exclude", nargs="+", metavar="GLOB", help="leave alone modules whose name matches")
     how.add_argument("--budget", metavar="SIZE", help="such as 24GiB: say what fits, in place of the table")
     out = parser.add_argument_group("what comes out")
     out.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to this file")
@@ -87,7 +89,8 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     seq_len = recipe.seq_len if arguments.seq_len is None else arguments.seq_len
     if micro_batch < 1 or seq_len < 2:
         raise ValueError(f"--micro-batch must be at least 1 and --seq-len at least 2, got {micro_batch} and {seq_len}.")
-    setting = footprint.Setting(arguments.model, micro_batch, seq_len, arguments.dtype)
+    include, exclude = (tuple(globs) if globs else None for globs in (arguments.include, arguments.exclude))
+    setting = footprint.Setting(arguments.model, micro_batch, seq_len, arguments.dtype, include, exclude)
     if arguments.budget:
         model, batch = footprint.materials(setting)
         make = footprint.OPTIMIZERS[arguments.optimizer[0]]
@@ -100,10 +103,10 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     for method in methods:
         footprint.config_of(method)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("", total=len(methods) * len(arguments.loss) * len(arguments.optimizer))
+        task = progress.add_task("predicting", total=len(methods) * len(arguments.loss) * len(arguments.optimizer))
         rows = footprint.rows(
             setting, methods, arguments.loss, arguments.optimizer,
-            lambda doing: progress.update(task, advance=1, description=doing),
+            lambda done: progress.update(task, advance=1, description=done),
         )  # fmt: skip
     command = {"setting": asdict(setting) | {"command": " ".join(["prac", *argv])}}
     if arguments.json:
@@ -117,7 +120,7 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 
 def table(rows: list[Row], setting: Any) -> Table:
-    """One line per method, loss and optimizer."""
+    """One line per method, in a section for each loss and optimizer."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -127,13 +130,17 @@ def table(rows: list[Row], setting: Any) -> Table:
         "an allocator holds without using it.",
         box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left", caption_justify="left",
     )  # fmt: skip
-    for index, heading in enumerate(("method", "loss", "optimizer", "peak", "less", "kept", "at the peak")):
-        found.add_column(heading, justify="right" if heading in ("peak", "less", "kept") else "left", no_wrap=index < 6)
-    for row in rows:
-        largest = sorted(row.at_peak.items(), key=lambda item: -item[1])[:3]
+    optimizers = {row.optimizer for row in rows} - {"galore"}
+    for index, heading in enumerate(("method", "loss", "peak", "less", "kept", "most at the peak")):
+        found.add_column(heading, justify="right" if heading in ("peak", "less", "kept") else "left", no_wrap=index < 5)
+        if heading == "loss" and len(optimizers) > 1:
+            found.add_column("optimizer", no_wrap=True)
+    for row, after in zip(rows, [*rows[1:], None], strict=True):
+        largest = sorted(row.at_peak.items(), key=lambda item: -item[1])[:2]
         parts = ", ".join(f"{kind} {count / 2**30:.1f}" for kind, count in largest)
+        names = (row.method, row.loss, row.optimizer) if len(optimizers) > 1 else (row.method, row.loss)
         found.add_row(
-            row.method, row.loss, row.optimizer, f"{row.peak_gib:.2f}", f"{row.reduction:.0%}",
-            f"{row.activation_gib:.2f}", parts,
+            *names, f"{row.peak_gib:.2f}", f"{row.reduction:.0%}", f"{row.activation_gib:.2f}", parts,
+            end_section=after is not None and after.loss != row.loss,
         )  # fmt: skip
     return found

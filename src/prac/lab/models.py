@@ -121,7 +121,8 @@ def architecture(size: Size, vocabulary: int, seq_len: int, **more: Any) -> PreT
         n_inner=size.intermediate,
         n_head=size.heads,
         n_layer=size.layers,
-        # nanoGPT pre-trains without dropout.
+        # As nanoGPT, which takes the exact GELU, as one kernel, and pre-trains without dropout.
+        activation_function="gelu",
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,

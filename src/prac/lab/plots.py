@@ -174,32 +174,46 @@ def _grouped(runs: list[Run]) -> dict[str, list[Run]]:
     return grouped
 
 
+# What is there whatever is trained in greys, what may be saved in colours.
+KINDS = {
+    "parameters": "#6b7280", "optimizer": "#9ca3af", "gradients": "#c3c8d0", "subspaces": "#374151",
+    "temporary": "#e3c58b", "norm": "#2f6fb0", "linear": "#c8553d", "activation": "#e08e79", "attention": "#6aa5a9",
+    "embedding": "#8c6bb1", "logits": "#d9a520", "checkpoint": "#7fa650", "other": "#b0a08a", "batch": "#dddddd",
+}  # fmt: skip
+
+
 def footprint(rows: list[Any]) -> str:
-    """What the predicted peak of each row consists of, as stacked bars."""
-    kinds = list(dict.fromkeys(kind for row in rows for kind in row.at_peak))
-    several = {name: len({getattr(row, name) for row in rows}) > 1 for name in ("loss", "optimizer")}
-    labels = [
-        ", ".join([row.method, *([f"{row.loss} loss"] if several["loss"] else []),
-                   *([row.optimizer] if several["optimizer"] else [])])
-        for row in rows
-    ]  # fmt: skip
+    """What the predicted peak of each row consists of, as stacked bars: a panel for each loss and optimizer."""
+    first = rows[0].optimizer  # galore comes with the first one
+    panels: dict[tuple[str, str], list[Any]] = {}
+    for row in rows:
+        panels.setdefault((row.loss, first if row.optimizer == "galore" else row.optimizer), []).append(row)
+    largest = max(row.peak_gib for row in rows)
+    sizes = [len(panel) for panel in panels.values()]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.6, 0.9 + 0.32 * len(rows)), layout="constrained")
-        axes = figure.subplots()
-        left = [0.0] * len(rows)
-        colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
-        for index, kind in enumerate(kinds):
-            widths = [row.at_peak.get(kind, 0) / 2**30 for row in rows]
-            if max(widths) < 0.005 * max(row.peak_gib for row in rows):
-                continue
-            axes.barh(labels, widths, left=left, color=colours[index % 20], label=kind, height=0.72)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-        for index, row in enumerate(rows):
-            axes.annotate(f"{row.peak_gib:.1f}", (row.peak_gib, index), xytext=(4, 0), textcoords="offset points",
-                          va="center", fontsize=8.5)  # fmt: skip
-        axes.invert_yaxis()
-        axes.margins(x=0.08)
+        figure = Figure(figsize=(8.6, 0.9 + 0.3 * len(rows) + 0.35 * len(panels)), layout="constrained")
+        shared: dict[str, Any] = {"sharex": True, "squeeze": False, "height_ratios": sizes}
+        drawn: dict[str, Any] = {}
+        for axes, ((loss, optimizer), panel) in zip(
+            figure.subplots(len(panels), 1, **shared)[:, 0], panels.items(), strict=True
+        ):
+            left = [0.0] * len(panel)
+            for kind, colour in KINDS.items():
+                widths = [row.at_peak.get(kind, 0) / 2**30 for row in panel]
+                if max(widths) > 0.005 * largest:
+                    bars = axes.barh(range(len(panel)), widths, left=left, color=colour, height=0.74, zorder=2)
+                    drawn.setdefault(kind, bars)
+                left = [a + b for a, b in zip(left, widths, strict=True)]
+            for index, row in enumerate(panel):
+                axes.annotate(f"{row.peak_gib:.1f}", (row.peak_gib, index), xytext=(4, 0), textcoords="offset points",
+                              va="center", fontsize=8.5)  # fmt: skip
+            axes.set_yticks(range(len(panel)), [row.method for row in panel])
+            axes.tick_params(axis="y", length=0)
+            axes.invert_yaxis()
+            axes.margins(x=0.08, y=0.02)
+            axes.set_title(f"{loss} loss, {optimizer}", loc="left", fontsize=9.5)
+            axes.grid(axis="y", visible=False)
         axes.set(xlabel="predicted peak (GiB)")
-        axes.grid(axis="y", visible=False)
-        axes.legend(loc="lower right", fontsize=8)
+        kinds = [kind for kind in KINDS if kind in drawn]
+        figure.legend([drawn[kind] for kind in kinds], kinds, loc="outside right upper", fontsize=8.5)
         return svg(figure)

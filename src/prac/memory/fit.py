@@ -6,17 +6,19 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from prac.config import PRESETS, Config
+from prac.convert import compress
 from prac.loss import ChunkedLoss
 from prac.memory.breakdown import Breakdown, size
+from prac.memory.measure import measure
 from prac.memory.predict import OptimizerFactory, adamw, predict
-from prac.structure import Example
+from prac.structure import Example, in_mode
 
 
 class Rung(NamedTuple):
@@ -26,6 +28,11 @@ class Rung(NamedTuple):
     config: Config | None
     chunked_loss: bool
     gives_up: str
+
+    @property
+    def loss(self) -> Literal["chunked"] | None:
+        """As :func:`prac.compress` takes it."""
+        return "chunked" if self.chunked_loss else None
 
 
 # From the mildest on: each takes no more memory than the one before.
@@ -57,16 +64,18 @@ class Fit:
     predicted: Breakdown
     budget: int
     rejected: dict[str, int]
+    real: int | None = None  # bytes at the peak of a step that was run, where one was
 
     @property
-    def loss(self) -> str | None:
+    def loss(self) -> Literal["chunked"] | None:
         """As :func:`prac.compress` takes it."""
         return "chunked" if self.chunked_loss else None
 
     def __str__(self) -> str:
         tried = "".join(f"\n  {name} would take {size(count)}" for name, count in self.rejected.items())
+        real = "" if self.real is None else f", {size(self.real)} when tried"
         return (
-            f"{self.name} fits {size(self.budget)}: predicted peak {size(self.predicted.peak)}. "
+            f"{self.name} fits {size(self.budget)}: predicted peak {size(self.predicted.peak)}{real}. "
             f"It gives up {self.gives_up}.{tried}"
         )
 
@@ -79,6 +88,7 @@ def fit(
     optimizer: OptimizerFactory | None = adamw,
     autocast: torch.dtype | None = None,
     loss: Callable[[Any], Tensor] | None = None,
+    check: bool | None = None,
 ) -> Fit:
     """The mildest configuration whose predicted peak fits ``budget``: plain training if that does.
 
@@ -89,6 +99,9 @@ def fit(
         optimizer: makes the optimizer for a model.
         autocast: dtype of the forward pass.
         loss: of the model's output.
+        check: also run a real step each way that is predicted to fit, and go by what it takes; by default where the
+            model is on CUDA. ``model`` and ``batch`` must then be as they are trained on; the weights
+            do not change, gradients are freed.
 
     Raises:
         ValueError: if nothing fits; the message says by how much, and the largest batch that would.
@@ -99,6 +112,7 @@ def fit(
     """
     limit = parse_budget(budget)
     how: dict[str, Any] = {"optimizer": optimizer, "autocast": autocast, "loss": loss}
+    check = next(model.parameters()).is_cuda if check is None else check
     rejected: dict[str, int] = {}
     last, chunks = LADDER[0], _chunks(model)
     for rung in LADDER:
@@ -106,18 +120,42 @@ def fit(
             continue
         rung = last = rung._replace(chunked_loss=rung.chunked_loss and chunks)
         found = predict(model, batch, rung.config, chunked_loss=rung.chunked_loss, **how)
-        if found.peak <= limit:
-            return Fit(*rung, found, limit, rejected)
-        rejected[rung.name] = found.peak
+        takes, real = found.peak, None
+        if takes <= limit and check:
+            of_step = _real_peak(model, batch, rung, autocast, loss)
+            takes = real = limit + 1 if of_step is None else of_step + found.at_peak.get("optimizer", 0)
+        if takes <= limit:
+            return Fit(*rung, found, limit, rejected, real)
+        rejected[rung.name] = takes
     rows = _rows(batch)
     most = largest_batch(model, batch, limit, last.config, chunked_loss=last.chunked_loss, **how)
     instead = (
         f"a batch of {most} instead of {rows}" if most else f"a smaller model: not even a batch of 1 of {rows} fits"
     )
     raise ValueError(
-        f"{size(limit)} is not enough: even {last.name} would take {size(found.peak)}, "
-        f"{size(found.peak - limit)} more. What would fit: {instead}."
+        f"{size(limit)} is not enough: even {last.name} would take {size(takes)}, "
+        f"{size(takes - limit)} more. What would fit: {instead}."
     )
+
+
+def _real_peak(
+    model: nn.Module, batch: Example, rung: Rung, autocast: torch.dtype | None, loss: Callable[[Any], Tensor] | None
+) -> int | None:
+    """Bytes at the peak of a real step, without the optimizer's state; None if there is not that much."""
+    undo: Callable[[], Any] = lambda: None  # noqa: E731
+    device = next(model.parameters()).device
+    try:
+        with in_mode(model, training=True), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            if rung.config is not None:
+                undo = compress(model, rung.config, loss=rung.loss).restore
+            elif rung.chunked_loss:
+                undo = ChunkedLoss(model).remove
+            return measure(model, batch, autocast=autocast, loss=loss).peak
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        undo()
+        model.zero_grad(set_to_none=True)
 
 
 def largest_batch(

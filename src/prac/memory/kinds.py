@@ -24,6 +24,8 @@ def kinds(model: nn.Module) -> dict[str, str]:
 
 def _kind(name: str, module: nn.Module) -> str:
     of_class = type(module).__name__.lower()
+    if getattr(module, "gradient_checkpointing", False):
+        return "checkpoint"  # a block of transformers, which then keeps its inputs and nothing else by itself
     if "embedding" in of_class or "rotary" in of_class:
         return "embedding"
     if "norm" in of_class:

@@ -116,7 +116,7 @@ def measure(
     for name, count in found.by_module.items():
         kept[of[name]] = kept.get(of[name], 0) + count
     if step.marked > found.total:  # held by others than autograd, such as the inputs of checkpointed blocks
-        kept["checkpoint"] = step.marked - found.total
+        kept["checkpoint"] = kept.get("checkpoint", 0) + step.marked - found.total
     at_peak = {
         "parameters": _bytes([*model.parameters(), *model.buffers()]),
         "optimizer": 0 if optimizer is None else _bytes(tensors_in(list(optimizer.state.values()))),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prac.config import Config
-from prac.convert import compress
+from prac.convert import Filter, compress
 from prac.layers import Compressed
 from prac.loss import ChunkedLoss
 from prac.memory.breakdown import Breakdown
@@ -34,6 +34,8 @@ def predict(
     batch: Example,
     config: Config | str | None = None,
     *,
+    include: Filter | None = None,
+    exclude: Filter | None = None,
     chunked_loss: bool = False,
     optimizer: OptimizerFactory | None = adamw,
     autocast: torch.dtype | None = None,
@@ -53,6 +55,8 @@ def predict(
         batch: its input, as for :func:`prac.compress`; only shapes and dtypes matter, so ``torch.empty`` on the
             meta device will do.
         config: how to compress; None for the model as it is.
+        include: compress only these layers, as :func:`prac.compress` takes it.
+        exclude: leave these layers alone, likewise.
         chunked_loss: train without logits (:class:`prac.ChunkedLoss`).
         optimizer: makes the optimizer, or several, for a model; None to leave it and its state out.
         autocast: run the forward pass under autocast to this dtype.
@@ -72,7 +76,7 @@ def predict(
         if chunked_loss:
             ChunkedLoss(model)
         if config is not None:
-            compress(model, config)
+            compress(model, config, include=include, exclude=exclude)
         model.train()
         optimizers = [] if optimizer is None else _started(optimizer, model)
         tracker = Tracker(model)
