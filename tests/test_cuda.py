@@ -133,3 +133,40 @@ def test_fused_kernels_make_the_same_codes(bits: int, monkeypatch: pytest.Monkey
     assert differ < 1e-4
     a, b = (load(t[0], tuple(t[1:]), form, 1024, torch.float32) for t in (compiled, eager))
     assert relative(a, b) < 0.02
+
+
+@pytest.mark.parametrize("method", ["plain", "checkpoint", "paper", "lean"])
+@pytest.mark.parametrize("size", ["llama-130m", "llama-350m", "llama-1b"])
+def test_predicted_peaks(size: str, method: str) -> None:
+    """Within 5% of the allocator's peak, at micro-batches that leave room on a GPU of 80 GB."""
+    from prac.lab import footprint
+    from prac.memory import measure
+
+    micro_batch = 64 if size != "llama-1b" else 32
+    setting = footprint.Setting(size, micro_batch, 256, "bf16")
+    loss = "chunked" if method == "lean" else "plain"
+    predicted = footprint.one(setting, method, loss, "adamw")
+    model, _ = footprint.materials(setting)
+    model = type(model)(model.config).to("cuda", torch.bfloat16).train()
+    model.config.use_cache = False
+    if method == "checkpoint":
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    if method in prac.PRESETS:
+        prac.compress(model, method, loss="chunked" if loss == "chunked" else None)
+    ids = torch.randint(0, 32_000, (micro_batch, 256), device="cuda")
+    real = measure(model, {"input_ids": ids, "labels": ids})
+    peak = predicted.peak - predicted.at_peak["optimizer"]
+    assert real.peak == pytest.approx(peak, rel=0.05)
+
+
+def test_fit_tries_what_it_predicts() -> None:
+    from prac.lab import footprint
+
+    setting = footprint.Setting("llama-130m", 32, 256, "bf16")
+    model, _ = footprint.materials(setting)
+    model = type(model)(model.config).to("cuda", torch.bfloat16)
+    ids = torch.randint(0, 32_000, (32, 256), device="cuda")
+    found = prac.fit(model, {"input_ids": ids, "labels": ids}, "5GiB")
+    assert found.real is not None
+    assert found.real <= 5 * 2**30
