@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from prac.clock import Clock
@@ -176,7 +177,10 @@ def _share_at_first_call(layers: Sequence[nn.Module]) -> None:
     seen: dict[int, tuple[weakref.ref[Tensor], Estimator]] = {}
 
     def adopt(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        hooks.pop(id(layer)).remove()
+        # Found by itself rather than by a handle: copies of the layer have the hook too.
+        layer._forward_pre_hooks = type(layer._forward_pre_hooks)(
+            (key, hook) for key, hook in layer._forward_pre_hooks.items() if hook is not adopt
+        )
         x = args[0] if args else None
         if not isinstance(layer, Compressed) or not isinstance(x, Tensor):
             return
@@ -186,4 +190,6 @@ def _share_at_first_call(layers: Sequence[nn.Module]) -> None:
         else:
             seen[id(x)] = (weakref.ref(x), layer.estimators["x"])
 
-    hooks = {id(layer): layer.register_forward_pre_hook(adopt) for layer in layers}
+    adopt = torch.compiler.disable(adopt, reason="prac watches the first forward pass")
+    for layer in layers:
+        layer.register_forward_pre_hook(adopt)

@@ -99,7 +99,7 @@ def measure(
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}.")
     configs = dict(methods) if isinstance(methods, Mapping) else peers.variants(methods, attention_bits)
-    if "compile" in configs:
+    if any(name.endswith("compile") for name in configs):
         torch.compiler.reset()  # torch compiles the same function for a few blocks only, then gives up
     original, (x, dy) = build(shape, dtype=dtype, device=torch.device(device), seed=seed)
     exact = _gradients(original, x, dy)

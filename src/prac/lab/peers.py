@@ -15,7 +15,8 @@ from prac.handle import Handle
 from prac.lab.blocks import Block
 
 PEERS = ("plain", "checkpoint", "selective", "compile")
-METHODS = (*PEERS, *PRESETS)
+COMPILED = "+compile"  # after the name of a preset: in a block that torch.compile compiles
+METHODS = (*PEERS, *PRESETS, *(f"{name}{COMPILED}" for name in PRESETS))
 DEFAULTS = (*PEERS, *(name for name in ("paper", "lean", "fast", "small") if name in PRESETS))
 
 aten = torch.ops.aten
@@ -38,8 +39,10 @@ def variants(methods: Sequence[str], attention_bits: int | None = None) -> dict[
         ValueError: for an unknown method, or if ``attention_bits`` is given and none of them can use it.
     """
     if unknown := [method for method in methods if method not in METHODS]:
-        raise ValueError(f"unknown method {unknown[0]!r}; choose from {', '.join(METHODS)}.")
-    found = {method: PRESETS.get(method) for method in dict.fromkeys(("plain", *methods))}
+        raise ValueError(
+            f"unknown method {unknown[0]!r}; choose from {', '.join((*PEERS, *PRESETS))}, or a preset with {COMPILED}."
+        )
+    found = {method: PRESETS.get(method.removesuffix(COMPILED)) for method in dict.fromkeys(("plain", *methods))}
     if attention_bits is None:
         return found
     grouped = {name: config for name, config in found.items() if config is not None and config.group is not None}
@@ -48,7 +51,11 @@ def variants(methods: Sequence[str], attention_bits: int | None = None) -> dict[
     rows: dict[str, Config | None] = {}
     for name, config in found.items():
         rows[name] = config
-        if name in grouped and (more := grouped[name].replace(attention_bits=attention_bits)) != config:
+        if (
+            name in grouped
+            and not name.endswith(COMPILED)
+            and (more := grouped[name].replace(attention_bits=attention_bits)) != config
+        ):
             rows[f"{name}+attention{attention_bits}"] = more
     return rows
 
@@ -63,7 +70,10 @@ def apply(block: Block, method: str, config: Config | None, x: Tensor) -> Handle
         x: the block's input, as an example.
     """
     if config is not None:
-        return compress(block, config, example=x)
+        handle = compress(block, config, example=x)
+        if method.endswith(COMPILED):
+            block.around = torch.compile(block.run, dynamic=False)
+        return handle
     if method == "checkpoint":
         block.around = functools.partial(checkpoint, block.run, use_reentrant=False)
     elif method == "selective":

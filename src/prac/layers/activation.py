@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prac.config import Kind
-from prac.layers.base import Compressed, Match
+from prac.layers.base import Compressed, Match, trained
 from prac.ops import ACTIVATIONS, Activation, activated, activation
 from prac.source import mark
 from prac.stored import Stored
@@ -25,14 +25,13 @@ class ElementWise(Compressed):
     kind: ClassVar[Kind] = "activation"
     _prac_function: Activation
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _compressed(self, x: Tensor) -> Tensor:
         """(..., m) to (..., m)."""
-        original = super().forward
-        if not self._compresses(x):
-            y: Tensor = original(x)
+        if not trained(x):
+            y: Tensor = self._original(x)
             return y
         estimator = self.estimators["x"]
-        h = activation(x, self._prac_function, estimator, compute=original)
+        h = activation(x, self._prac_function, estimator, compute=self._original)
         return mark(h, activated(estimator.keep(x), self._prac_function)) if isinstance(estimator, Stored) else h
 
 

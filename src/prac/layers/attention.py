@@ -26,12 +26,10 @@ class Attention(Compressed):
 
     kind: ClassVar[Kind] = "attention"
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The original's."""
-        if not (self.training and torch.is_grad_enabled()):
-            return super().forward(*args, **kwargs)
+    def _compressed(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's arguments and result."""
         with _Replaced(self.estimators):
-            return super().forward(*args, **kwargs)
+            return self._original(*args, **kwargs)
 
 
 class _Replaced(TorchFunctionMode):

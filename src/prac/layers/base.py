@@ -17,21 +17,39 @@ class Compressed(nn.Module):
 
     The module stays the same object with the same parameters, hooks, names and state_dict;
     only ``forward`` changes, and only for training steps: in eval mode, under ``no_grad``
-    and where nothing needs a gradient, ``super().forward`` runs, which is the original.
+    and where nothing needs a gradient, the original runs.
+
+    ``torch.compile`` leaves training steps of the layer out of its graphs: subspaces, clocks and random numbers live
+    between calls, where a graph could not follow them. The layer's own kernels are compiled (:mod:`prac.fused`), what
+    lies between layers is compiled as ever, and so is everything in eval mode.
     """
 
     kind: ClassVar[Kind]
     statistics: ClassVar[int] = 0  # numbers per token kept exactly, beside Z
     estimators: dict[str, Estimator]  # one for each tensor the layer keeps
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's, in training with what it keeps compressed."""
+        if not (self.training and torch.is_grad_enabled()):
+            return super().forward(*args, **kwargs)
+        return self._outside_graphs(*args, **kwargs)
+
+    def _outside_graphs(self, *args: Any, **kwargs: Any) -> Any:
+        """:meth:`_compressed`; :func:`swap` hides it from torch.compile."""
+        raise NotImplementedError
+
+    def _compressed(self, *args: Any, **kwargs: Any) -> Any:
+        """What the layer does in training."""
+        raise NotImplementedError
+
+    def _original(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module did before."""
+        return super().forward(*args, **kwargs)
+
     def extra_repr(self) -> str:
         """The original's, and how the input is kept."""
         labels = {e.label() for e in self.estimators.values() if e.width is not None}
         return ", ".join(filter(None, [super().extra_repr(), *(f"kept={label}" for label in sorted(labels))]))
-
-    def _compresses(self, *tensors: Tensor | None) -> bool:
-        wanted = any(t is not None and t.requires_grad for t in tensors)
-        return wanted and self.training and torch.is_grad_enabled()
 
 
 @dataclass(frozen=True)
@@ -45,6 +63,11 @@ class Match:
     grouped: type[Compressed] | None = None  # the layer to use where a norm shares its x̂ with those that read it
 
 
+def trained(*tensors: Tensor | None) -> bool:
+    """Whether any of them needs a gradient."""
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
 _swapped: dict[tuple[type[Compressed], type[nn.Module]], type[nn.Module]] = {}
 
 
@@ -53,7 +76,10 @@ def swap(module: nn.Module, match: Match, estimators: dict[str, Estimator]) -> N
     original = type(module)
     key = (match.layer, original)
     if key not in _swapped:
-        _swapped[key] = type(f"Prac{original.__name__}", key, {"__module__": original.__module__})
+        hidden = torch.compiler.disable(match.layer._compressed, reason="prac keeps activations outside of graphs")
+        _swapped[key] = type(
+            f"Prac{original.__name__}", key, {"__module__": original.__module__, "_outside_graphs": hidden}
+        )
     module.__class__ = _swapped[key]
     module.estimators = estimators  # type: ignore[assignment]
     for name, value in match.attributes.items():

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from prac.config import Kind
-from prac.layers.base import Compressed, Match, is_hooked
+from prac.layers.base import Compressed, Match, is_hooked, trained
 from prac.ops import Normed, linear, norm_linears
 from prac.source import source_of
 
@@ -27,15 +26,15 @@ class Linear(Compressed):
         """Weight (o, n) and bias (o,)."""
         return self.weight, self.bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _compressed(self, x: Tensor) -> Tensor:
         """(..., n) to (..., o)."""
-        source = source_of(x) if self.training and torch.is_grad_enabled() else None
+        source = source_of(x)
         if isinstance(source, Normed):
             if self._prac_group and not any(is_hooked(layer) for layer in self._prac_group if layer is not self):
                 return self._with_group(x, source)
             source = source.kept(x.dtype)
-        if not self._compresses(self.weight):
-            y: Tensor = super().forward(x)
+        if not trained(self.weight):
+            y: Tensor = self._original(x)
             return y
         return linear(x, *self.parameters_ON(), source or self.estimators["x"])
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prac.config import Kind
 from prac.layers.activation import function_of
-from prac.layers.base import Compressed, Match, is_hooked
+from prac.layers.base import Compressed, Match, is_hooked, trained
 from prac.layers.linear import Linear
 from prac.ops import ACTIVATIONS, Activation, Normed, glu, norm_mlp, product
 from prac.source import mark, source_of
@@ -42,18 +42,13 @@ class MLP(Compressed):
     kind: ClassVar[Kind] = "activation"
     _prac_roles: Roles
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _compressed(self, x: Tensor) -> Tensor:
         """(..., n) to (..., n)."""
-        y: Tensor
-        # Only g and u can say whether they need gradients, and asking computes them.
-        if not (self.training and torch.is_grad_enabled()):
-            y = super().forward(x)
-            return y
         source = source_of(x)
         if isinstance(source, Normed) and self._runs_as_one():
             return self._from_norm(x, source)
         if not self._prac_roles.gated:
-            y = super().forward(x)
+            y: Tensor = self._original(x)
             return y
         return self._product(x)
 
@@ -85,7 +80,7 @@ class MLP(Compressed):
         g, u = _gate_and_up(self, roles, x)
         f = self.get_submodule(roles.original) if roles.original else roles.function.forward
         gate, up = self.estimators["gate"], self.estimators["up"]
-        if self._compresses(g, u):
+        if trained(g, u):  # only now known, and asking computes them
             h = glu(g, u, roles.function, gate, up, compute=f)
             if isinstance(gate, Stored) and isinstance(up, Stored):
                 h = mark(h, product(gate.keep(g), up.keep(u), roles.function))

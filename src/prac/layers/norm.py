@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prac.config import Kind
-from prac.layers.base import Compressed, Match
+from prac.layers.base import Compressed, Match, trained
 from prac.ops import Norm, layer_norm, normalise, rms_norm
 from prac.source import mark
 from prac.tangible import tangible
@@ -24,13 +24,13 @@ class LayerNorm(Compressed):
     bias: Tensor | None
     _prac_norm: Norm
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _compressed(self, x: Tensor) -> Tensor:
         """(..., n) to (..., n)."""
-        original = super().forward
-        if not self._compresses(x, self.weight, self.bias):
-            y: Tensor = original(x)
+        if not trained(x, self.weight, self.bias):
+            y: Tensor = self._original(x)
             return y
-        return layer_norm(x, self.weight, self.bias, self._prac_norm.eps, self.estimators["x"], compute=original)
+        eps, estimator = self._prac_norm.eps, self.estimators["x"]
+        return layer_norm(x, self.weight, self.bias, eps, estimator, compute=self._original)
 
 
 class RMSNorm(Compressed):
@@ -41,14 +41,13 @@ class RMSNorm(Compressed):
     weight: Tensor | None
     _prac_norm: Norm
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _compressed(self, x: Tensor) -> Tensor:
         """(..., n) to (..., n)."""
-        original = super().forward
-        if not self._compresses(x, self.weight):
-            y: Tensor = original(x)
+        if not trained(x, self.weight):
+            y: Tensor = self._original(x)
             return y
         estimator, norm = self.estimators["x"], self._prac_norm
-        return rms_norm(x, self.weight, norm.eps, estimator, offset=norm.offset, compute=original)
+        return rms_norm(x, self.weight, norm.eps, estimator, offset=norm.offset, compute=self._original)
 
 
 class SharedNorm(Compressed):
@@ -61,11 +60,11 @@ class SharedNorm(Compressed):
     _prac_norm: Norm
     _prac_marks: bool  # whether its output says what it can be had from
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _compressed(self, x: Tensor) -> Tensor:
         """(..., n) to (..., n)."""
         bias = getattr(self, "bias", None)
-        if not self._compresses(x, self.weight, bias):
-            y: Tensor = super().forward(x)
+        if not trained(x, self.weight, bias):
+            y: Tensor = self._original(x)
             return y
         y, normed = normalise(x, self.weight, bias, self._prac_norm, self.estimators["x"], self._dtype(x))
         return mark(y, normed) if self._prac_marks else y
