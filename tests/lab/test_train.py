@@ -157,13 +157,6 @@ def test_resume_is_exact(method, runs, options, tmp_path):
     assert results.read(tmp_path / "spectrum.json") == results.read(whole / "spectrum.json")
 
 
-def test_a_checkpoint_cut_short_is_passed_over(runs, tmp_path):
-    for step in (6, 12):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / "checkpoint-6" / "prac.pt").touch()
-    assert train.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
-
-
 def test_a_complete_run_is_reused_but_not_for_other_options(runs, options):
     out, row, _ = runs["paper"]
     assert train.run(options("paper"), out, resume=True) == row

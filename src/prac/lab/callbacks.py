@@ -1,4 +1,4 @@
-"""What happens between the steps of a ``Trainer``: metrics, a progress bar, the handle's state, spectra."""
+"""What happens between the steps of a ``Trainer``: metrics, a progress bar, spectra."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -18,10 +17,6 @@ from prac.lab import files, measure, results
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import TrainerControl, TrainerState, TrainingArguments
-
-    from prac.handle import Handle
-
-HANDLE_FILE = "prac.pt"
 
 
 class Metrics(TrainerCallback):
@@ -37,6 +32,7 @@ class Metrics(TrainerCallback):
         self.tokens = 0
         self._since: float | None = None
         self._stream: TextIO | None = None
+        self._failed = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Keep the lines up to the step that training starts from."""
@@ -97,9 +93,15 @@ class Metrics(TrainerCallback):
             self._stream = None
 
     def _write(self, **line: float) -> None:
-        if self._stream is not None:
+        if self._stream is None:
+            return
+        try:
             self._stream.write(json.dumps(line) + "\n")
             self._stream.flush()
+        except OSError as error:  # no reason to lose the run
+            if not self._failed:
+                print(f"\nprac: {self.path} could not be written: {error}. Training goes on.", file=sys.stderr)
+            self._failed = True
 
 
 class Progress(TrainerCallback):
@@ -143,18 +145,6 @@ class Progress(TrainerCallback):
             self._bar = None
 
 
-class SaveHandle(TrainerCallback):
-    """Adds the compression state to each checkpoint. It is written last, so it also marks a whole checkpoint."""
-
-    def __init__(self, handle: Handle | None) -> None:
-        self.handle = handle
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Write ``prac.pt`` (one per process, since each compresses its own tokens)."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        save_handle(self.handle, folder / handle_file(args.process_index))
-
-
 class Spectra(TrainerCallback):
     """Takes the spectrum of one layer's input at 10% of the steps and at the end; writes ``spectrum.json``."""
 
@@ -188,24 +178,3 @@ class Spectra(TrainerCallback):
 
     def _read(self) -> Any:
         return results.read(self.path) if self.path.exists() else []
-
-
-def handle_file(process: int) -> str:
-    """The file name of one process's compression state."""
-    return HANDLE_FILE if process == 0 else f"prac-{process}.pt"
-
-
-def save_handle(handle: Handle | None, path: Path) -> None:
-    """Write the state of a handle (``None`` for plain) whole or not at all."""
-    import io
-
-    buffer = io.BytesIO()
-    torch.save({"handle": None if handle is None else handle.state_dict()}, buffer)
-    files.write(path, buffer.getvalue())
-
-
-def load_handle(handle: Handle | None, path: Path) -> None:
-    """The inverse of :func:`save_handle`."""
-    state = torch.load(path, weights_only=True)["handle"]
-    if handle is not None:
-        handle.load_state_dict(state)

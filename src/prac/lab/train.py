@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 import prac
-from prac.lab import data, files, measure, models, results, tokens
-from prac.lab.callbacks import Metrics, Progress, SaveHandle, Spectra, handle_file, load_handle
+from prac.lab import checkpoints, data, files, measure, models, results, tokens
+from prac.lab.callbacks import Metrics, Progress, Spectra
 from prac.lab.options import Options, differences
 
 if TYPE_CHECKING:
@@ -55,14 +55,17 @@ def run(options: Options, out: Path, resume: bool = False, callbacks: Sequence[T
         callbacks: further ``Trainer`` callbacks.
 
     Raises:
-        ValueError: for options that do not fit each other, the data or the run to resume.
+        ValueError: for options that do not fit each other, the data or the run to resume, and for a checkpoint that was
+            damaged.
     """
     if resume and (done := finished(options, out)):
         return done
     if not resume:
         check_free(out)
     started = time.perf_counter()
-    checkpoint = newest_checkpoint(out)
+    checkpoint = checkpoints.newest(out)
+    if checkpoint is not None:
+        checkpoints.check(checkpoint)
     tokenizer, blocks = prepare(options)
     arguments = _arguments(options, out)
     if arguments.process_index == 0:
@@ -75,11 +78,11 @@ def run(options: Options, out: Path, resume: bool = False, callbacks: Sequence[T
     if options.config is not None:
         handle = prac.compress(model, options.config, include=options.include, exclude=options.exclude)
     if checkpoint is not None:
-        load_handle(handle, checkpoint / handle_file(arguments.process_index))
+        checkpoints.load_handle(handle, checkpoint, arguments.process_index)
 
     spectra_batch = collate([blocks.validation[i] for i in range(min(len(blocks.validation), 4 * options.batch_size))])
     metrics = Metrics(out / "metrics.jsonl")
-    trainer = Trainer(
+    trainer = checkpoints.LastingTrainer(
         model=model,
         args=arguments,
         train_dataset=blocks.train,
@@ -89,7 +92,7 @@ def run(options: Options, out: Path, resume: bool = False, callbacks: Sequence[T
         callbacks=[
             metrics,
             Progress(f"{options.method} seed {options.seed}"),
-            SaveHandle(handle),
+            checkpoints.Seal(handle),
             Spectra(out / "spectrum.json", measure.middle_linear(model), spectra_batch),
             *(_tensorboard(out, checkpoint) if arguments.process_index == 0 else ()),
             *callbacks,
@@ -156,18 +159,12 @@ def finished(options: Options, out: Path) -> results.Row | None:
         ValueError: if the run there, complete or not, is of other options.
     """
     complete = (out / "result.json").exists()
-    if complete or newest_checkpoint(out) is not None:
+    if complete or checkpoints.newest(out) is not None:
         _check_same(options, out)
     if not complete:
         return None
     row: results.Row = results.read(out / "result.json")["rows"][0]
     return row
-
-
-def newest_checkpoint(out: Path) -> Path | None:
-    """The newest checkpoint that was written whole: ``prac.pt`` comes last."""
-    found = [path for path in out.glob("checkpoint-*") if (path / handle_file(0)).exists()]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def clear(out: Path) -> None:
@@ -185,13 +182,13 @@ def check_free(out: Path) -> None:
     Raises:
         ValueError: if ``out`` holds results or checkpoints.
     """
-    if (out / "result.json").exists() or newest_checkpoint(out) is not None:
+    if (out / "result.json").exists() or checkpoints.newest(out) is not None:
         raise ValueError(f"{out} already holds a run: choose another --out, or give --resume or --overwrite.")
 
 
 def _open(out: Path, options: Options) -> None:
     """Write down what is going to run, where nothing but the traces of a failed start may lie."""
-    if newest_checkpoint(out) is None:
+    if checkpoints.newest(out) is None:
         check_free(out)
         clear(out)
     files.write_json(out / "config.json", {"options": options.to_dict(), "versions": results.versions()})

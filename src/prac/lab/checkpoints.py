@@ -1,0 +1,165 @@
+"""Checkpoints of a run: sealed once they are whole, checked before they are used.
+
+The ``Trainer`` writes a checkpoint file by file. The seal comes last: a list of all files with their lengths and
+SHA-256. What has none was cut short (the process was killed, the disk was full) and is passed over; what does not
+match its seal was damaged later, and is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback
+
+from prac.lab import files, results
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from prac.handle import Handle
+
+SEAL = "sealed.json"
+
+
+def newest(out: Path) -> Path | None:
+    """The newest checkpoint in a run folder that was written whole."""
+    found = [path for path in out.glob("checkpoint-*") if (path / SEAL).exists()]
+    return max(found, key=_step, default=None)
+
+
+def check(checkpoint: Path) -> None:
+    """Compare a checkpoint with its seal.
+
+    Raises:
+        ValueError: if a file is missing or is not what was written; the message says what to do.
+    """
+    try:
+        sealed: dict[str, dict[str, Any]] = results.read(checkpoint / SEAL)["files"]
+        wrong = next((problem for name, entry in sealed.items() if (problem := _problem(checkpoint, name, entry))), "")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        wrong = f"{SEAL} cannot be read"
+    if wrong:
+        older = [path for path in checkpoint.parent.glob("checkpoint-*") if (path / SEAL).exists()]
+        before = max((path for path in older if _step(path) < _step(checkpoint)), key=_step, default=None)
+        then = f"go on from {before.name}" if before else "start over with --overwrite, since there is no older one"
+        raise ValueError(f"{checkpoint} is damaged: {wrong}. Restore it from a copy, or delete this folder and {then}.")
+
+
+def _problem(checkpoint: Path, name: str, entry: dict[str, Any]) -> str | None:
+    path = checkpoint / name
+    if not path.is_file():
+        return f"{name} is missing"
+    if (size := path.stat().st_size) != entry["bytes"]:
+        return f"{name} has {size:,} of {entry['bytes']:,} bytes"
+    return None if _digest(path) == entry["sha256"] else f"{name} is not what was written"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _seal(checkpoint: Path, processes: int) -> None:
+    written = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL)
+    entries = {
+        path.relative_to(checkpoint).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        for path in written
+    }
+    files.write_json(checkpoint / SEAL, {"processes": processes, "files": entries})
+
+
+# --- the state of the compression --------------------------------------------------------------
+
+
+def handle_file(process: int) -> str:
+    """The file name of one process's compression state: each compresses its own tokens."""
+    return "prac.pt" if process == 0 else f"prac-{process}.pt"
+
+
+def save_handle(handle: Handle | None, path: Path) -> None:
+    """Write the state of a handle (``None`` for plain) whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save({"handle": None if handle is None else handle.state_dict()}, buffer)
+    files.write(path, buffer.getvalue())
+
+
+def load_handle(handle: Handle | None, checkpoint: Path, process: int) -> None:
+    """Take up the state of one process.
+
+    A process that there was not when the checkpoint was written takes the first one's steps, and makes subspaces of
+    its own in its next forward pass: the noise of processes is to be independent.
+    """
+    own = checkpoint / handle_file(process)
+    state = torch.load(own if own.exists() else checkpoint / handle_file(0), weights_only=True)["handle"]
+    if handle is None:
+        return
+    if not own.exists():
+        for subspace in state["subspaces"].values():
+            subspace |= {"p": None, "q1_step": -1, "q2_step": -1}
+    handle.load_state_dict(state)
+
+
+# --- in a Trainer --------------------------------------------------------------------------------
+
+
+class Seal(TrainerCallback):
+    """Adds the compression state to each checkpoint, and then the seal."""
+
+    def __init__(self, handle: Handle | None) -> None:
+        self.handle = handle
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Every process writes its state; when all have, the first one seals."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if not folder.exists():
+            return  # it could not be written
+        try:
+            save_handle(self.handle, folder / handle_file(args.process_index))
+            if args.world_size > 1:
+                torch.distributed.barrier()
+            if args.process_index == 0:
+                _seal(folder, args.world_size)
+        except OSError as error:
+            _give_up(folder, error, args)
+
+
+class LastingTrainer(Trainer):
+    """A ``Trainer`` that trains on where a checkpoint cannot be written, and leaves the ones before it alone.
+
+    With several processes it stops instead, since the others would wait for the one that failed.
+    """
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError) as error:
+            _give_up(folder, error, self.args)
+        except RuntimeError as error:  # what torch.save raises where the disk is full
+            if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+                raise
+            _give_up(folder, error, self.args)
+
+
+def _give_up(folder: Path, error: Exception, args: TrainingArguments) -> None:
+    """Remove what there is of a checkpoint, to make room, and say so."""
+    if args.world_size > 1:
+        raise error
+    shutil.rmtree(folder, ignore_errors=True)
+    print(
+        f"\nprac: {folder.name} could not be written and is left out, training goes on: "
+        f"{' '.join(str(error).split())[:200]}. Make room on the disk before the next one.",
+        file=sys.stderr,
+    )
