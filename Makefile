@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test check format clean
+.PHONY: train test test-long check format clean
 .DEFAULT_GOAL := train
 
 ## train: train a small LLaMA on English plainly, with the paper's PRAC and with lean, and compare
@@ -14,6 +14,10 @@ train: $(READY)
 ## test: everything that decides whether a change is right
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+## test-long: what takes too long to be run with every change
+test-long: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m long -rP
 
 ## check: format, lint, types
 check: $(READY)

@@ -1,0 +1,101 @@
+"""A run that is killed again and again and resumed each time, against one that nobody disturbed: bit for bit."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from prac.config import PRESETS
+from prac.lab import results, train
+from prac.lab.options import Options
+
+STEPS = 30
+
+
+def _work(options, out, compiled):
+    """In a process of its own, forked from one that has everything imported and has computed nothing yet."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)  # progress bars
+    os.environ["PRAC_COMPILE"] = str(int(compiled))
+    torch.set_num_threads(1)
+    train.run(options, out, resume=True)
+
+
+@pytest.fixture(scope="module")
+def context():
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["prac.lab.train", "prac.lab.models", "transformers.models.llama.modeling_llama"])
+    return found
+
+
+def start(context, options, out, compiled):
+    process = context.Process(target=_work, args=(options, out, compiled), daemon=True)
+    process.start()
+    return process
+
+
+def last_step(out):
+    path = out / "metrics.jsonl"
+    return max((line["step"] for line in results.read_lines(path)), default=0) if path.exists() else 0
+
+
+def killed(context, options, out, compiled, kills, seed):
+    """Run to the end through so many kills; returns the steps at which they hit."""
+    chance, hits = random.Random(seed), []
+    while len(hits) < kills:
+        process = start(context, options, out, compiled)
+        first = last_step(out)
+        # Never past the end, so that there is something left to kill; and up to 60 ms into whatever comes next.
+        target, delay = chance.randint(first, STEPS - 2), chance.random() * 0.06
+        while process.is_alive() and last_step(out) <= min(target, first + 8):
+            time.sleep(0.002)
+        time.sleep(delay)
+        assert process.is_alive(), "it ended before it was killed"
+        process.kill()
+        process.join()
+        hits.append(last_step(out))
+    process = start(context, options, out, compiled)
+    process.join()
+    assert process.exitcode == 0
+    return hits
+
+
+def losses(out):
+    keep = ("step", "loss", "val_loss", "lr", "tokens")
+    return [{k: v for k, v in line.items() if k in keep} for line in results.read_lines(out / "metrics.jsonl")]
+
+
+def check(context, corpus_file, tmp_path, method, kills, compiled):
+    config = None if method == "plain" else PRESETS[method].replace(T1=4, T2=4)
+    options = Options(
+        method=method, config=config, model="llama-tiny", data=str(corpus_file), tokenizer="bpe:300", steps=STEPS,
+        batch_size=8, seq_len=32, lr=1e-3, warmup=0.25, eval_every=10, save_every=3,
+    )  # fmt: skip
+    whole = start(context, options, tmp_path / "whole", compiled)
+    whole.join()
+    assert whole.exitcode == 0
+    hits = killed(context, options, tmp_path / "killed", compiled, kills, seed=kills)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    old, new = (load_file(tmp_path / out / f"checkpoint-{STEPS}" / "model.safetensors") for out in ("whole", "killed"))
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[name], new[name]) for name in old)
+    ends = [results.read(tmp_path / out / "result.json")["rows"][0]["val_loss"] for out in ("whole", "killed")]
+    assert ends[0] == ends[1]
+    print(f"{method}: killed at steps {hits}, then the same {len(losses(tmp_path / 'whole'))} lines and weights")
+
+
+@pytest.mark.parametrize("method", ["paper", "lean"])
+def test_killed_twice(context, corpus_file, tmp_path, method):
+    check(context, corpus_file, tmp_path, method, 2, compiled=False)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["plain", *PRESETS])
+def test_killed_twenty_times(context, corpus_file, tmp_path, method):
+    check(context, corpus_file, tmp_path, method, 20, compiled=True)
