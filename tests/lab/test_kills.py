@@ -6,13 +6,14 @@ import multiprocessing
 import os
 import random
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from prac.config import PRESETS
-from prac.lab import results, train
+from prac.lab import checkpoints, results, train
 from prac.lab.options import Options
 
 STEPS = 30
@@ -20,8 +21,7 @@ STEPS = 30
 
 def _work(options, out, compiled):
     """In a process of its own, forked from one that has everything imported and has computed nothing yet."""
-    devnull = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, 2)  # progress bars
+    os.dup2(os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)  # progress bars
     os.environ["PRAC_COMPILE"] = str(int(compiled))
     torch.set_num_threads(1)
     train.run(options, out, resume=True)
@@ -47,22 +47,27 @@ def last_step(out):
 
 def killed(context, options, out, compiled, kills, seed):
     """Run to the end through so many kills; returns the steps at which they hit."""
-    chance, hits = random.Random(seed), []
+    chance, hits, path = random.Random(seed), [], out / "metrics.jsonl"
     while len(hits) < kills:
+        newest = checkpoints.newest(out)
+        step = 0 if newest is None else int(newest.name.rpartition("-")[2])
+        # A few steps on from where it resumes, but never past the end; and up to 60 ms into whatever comes next.
+        target = min(step + chance.randint(0 if hits else 4, 6), STEPS - 2)
+        delay = chance.random() * 0.06
+        before = path.stat().st_mtime_ns if path.exists() else 0
         process = start(context, options, out, compiled)
-        first = last_step(out)
-        # Never past the end, so that there is something left to kill; and up to 60 ms into whatever comes next.
-        target, delay = chance.randint(first, STEPS - 2), chance.random() * 0.06
-        while process.is_alive() and last_step(out) <= min(target, first + 8):
+        while process.is_alive() and (not path.exists() or path.stat().st_mtime_ns == before):
+            time.sleep(0.002)
+        while process.is_alive() and last_step(out) < target:
             time.sleep(0.002)
         time.sleep(delay)
-        assert process.is_alive(), "it ended before it was killed"
+        assert process.is_alive(), f"it ended before it was killed:\n{Path(f'{out}.log').read_text()}"
         process.kill()
         process.join()
         hits.append(last_step(out))
     process = start(context, options, out, compiled)
     process.join()
-    assert process.exitcode == 0
+    assert process.exitcode == 0, Path(f"{out}.log").read_text()
     return hits
 
 
@@ -79,7 +84,7 @@ def check(context, corpus_file, tmp_path, method, kills, compiled):
     )  # fmt: skip
     whole = start(context, options, tmp_path / "whole", compiled)
     whole.join()
-    assert whole.exitcode == 0
+    assert whole.exitcode == 0, (tmp_path / "whole.log").read_text()
     hits = killed(context, options, tmp_path / "killed", compiled, kills, seed=kills)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     old, new = (load_file(tmp_path / out / f"checkpoint-{STEPS}" / "model.safetensors") for out in ("whole", "killed"))

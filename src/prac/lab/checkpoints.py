@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 
@@ -140,6 +141,15 @@ class LastingTrainer(Trainer):
 
     With several processes it stops instead, since the others would wait for the one that failed.
     """
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Also shard on CPU: accelerate would silently train with DDP there, though FSDP2 itself runs."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and self.accelerator.distributed_type != DistributedType.FSDP:
+            state = self.accelerator.state
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"

@@ -91,6 +91,9 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--warmup", type=float, help="linear warm-up: a fraction of the steps, or a number of steps")
     group.add_argument("--weight-decay", type=float, default=0.1, help="of AdamW (default: 0.1)")
     group.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    group.add_argument("--fsdp", action="store_true",
+        help="under torchrun: shard weights, gradients and optimizer over the processes (FSDP2; default: DDP)",
+    )  # fmt: skip
     group.add_argument("--loss", choices=["auto", "chunked", "plain"], default="auto",
         help="chunked: exactly the plain loss, without ever making the logits (default: where the model allows it)",
     )  # fmt: skip
@@ -183,6 +186,7 @@ def options(arguments: argparse.Namespace, method: str, seed: int) -> Options:
         tokenizer=arguments.tokenizer or ("bpe:4096" if arguments.model in models.SIZES else arguments.model),
         weight_decay=arguments.weight_decay,
         bf16=arguments.bf16,
+        fsdp=arguments.fsdp,
         loss=arguments.loss,
         seed=seed,
         eval_every=tenth if arguments.eval_every is None else arguments.eval_every,
@@ -202,9 +206,8 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
 
     failures: list[str] = []
     if len(wanted) == 1:
-        if arguments.overwrite:
-            train.clear(out)
-        rows, folders = [train.run(wanted[0], out, arguments.resume)], [out]
+        rows = [train.run(wanted[0], out, arguments.resume, overwrite=arguments.overwrite)]
+        folders = [out]
     else:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("give one --method and one --seed per launch when training on several processes.")

@@ -33,6 +33,7 @@ class Options:
         warmup: linear warm-up, as a fraction of the steps (below 1) or a number of steps.
         weight_decay: of AdamW; norms and biases are exempt, as in the ``Trainer``.
         bf16: autocast to bfloat16.
+        fsdp: shard parameters, gradients and optimizer over the processes (FSDP2).
         loss: ``plain``, ``chunked`` (without the logits), or ``auto``: chunked where the model allows it.
         seed: of the initial weights and of the data order, the same for every method.
         eval_every: optimizer steps between validations; 0 for none before the last.
@@ -58,6 +59,7 @@ class Options:
     grad_accum: int = 1
     weight_decay: float = 0.1
     bf16: bool = False
+    fsdp: bool = False
     loss: str = "auto"
     seed: int = 0
     eval_every: int = 0

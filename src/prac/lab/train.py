@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 # What may differ between a run and its resumption.
 FREE = ("eval_every", "eval_blocks", "save_every")
-OWNED = ("config.json", "metrics.jsonl", "spectrum.json", "result.json", "tensorboard", "report.html")
+OWNED = ("config.json", "metrics.jsonl", "spectrum.json", "result.json", "tensorboard", "report.html", "model")
 
 
 def prepare(options: Options) -> tuple[Any, tokens.Blocks]:
@@ -45,7 +46,14 @@ def prepare(options: Options) -> tuple[Any, tokens.Blocks]:
     return tokenizer, blocks
 
 
-def run(options: Options, out: Path, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> results.Row:
+def run(
+    options: Options,
+    out: Path,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    *,
+    overwrite: bool = False,
+) -> results.Row:
     """Train, validate, measure; leave everything in ``out`` and return the result row.
 
     Args:
@@ -53,23 +61,32 @@ def run(options: Options, out: Path, resume: bool = False, callbacks: Sequence[T
         out: the run folder. It must not hold a run yet, unless ``resume``.
         resume: go on from the newest whole checkpoint in ``out``, if there is one.
         callbacks: further ``Trainer`` callbacks.
+        overwrite: delete the run that there is in ``out``.
 
     Raises:
         ValueError: for options that do not fit each other, the data or the run to resume, and for a checkpoint that was
             damaged.
     """
-    if resume and (done := finished(options, out)):
-        return done
-    if not resume:
-        check_free(out)
     started = time.perf_counter()
-    checkpoint = checkpoints.newest(out)
-    if checkpoint is not None:
-        checkpoints.check(checkpoint)
-    tokenizer, blocks = prepare(options)
-    arguments = _arguments(options, out)
-    if arguments.process_index == 0:
-        _open(out, options)
+    arguments = _arguments(options, out)  # from here on the processes know of each other
+    if options.fsdp and arguments.world_size == 1:
+        raise ValueError(
+            "--fsdp shards over several processes: start it as torchrun --nproc-per-node 2 -m prac train … --fsdp."
+        )
+    with arguments.main_process_first(local=False):
+        main = arguments.process_index == 0
+        if overwrite and main:
+            clear(out)
+        if resume and (done := finished(options, out)):
+            return done
+        if not resume and main:
+            check_free(out)
+        checkpoint = checkpoints.newest(out)
+        if checkpoint is not None and main:
+            checkpoints.check(checkpoint)
+        tokenizer, blocks = prepare(options)
+        if main:
+            _open(out, options)
 
     set_seed(options.seed)
     model = models.build(options.model, tokenizer, options.seq_len)
@@ -140,6 +157,10 @@ def run(options: Options, out: Path, resume: bool = False, callbacks: Sequence[T
     details: dict[str, Any] = {"kept_by_layer": kept, "summary": None, "reconstruction_error": None}
     if handle is not None:
         details |= {"summary": handle.summary(), "reconstruction_error": handle.reconstruction_error(batch)}
+    if options.fsdp:  # its checkpoints are in shards
+        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if trainer.is_world_process_zero():
+            model.save_pretrained(out / "model", state_dict=weights)
     if trainer.is_world_process_zero():
         result = results.document("train", [row])
         files.write_json(out / "result.json", result | {"options": options.to_dict()} | details)
@@ -196,7 +217,9 @@ def _open(out: Path, options: Options) -> None:
 
 def _check_same(options: Options, out: Path) -> None:
     old = results.read(out / "config.json")["options"]
-    old.setdefault("loss", "plain")  # what there was before there was a choice
+    # What there was before there was a choice.
+    old.setdefault("loss", "plain")
+    old.setdefault("fsdp", False)
     if old["config"] is not None:  # one written before some field existed has that field's default
         old["config"] = prac.Config.from_dict(old["config"]).to_dict()
     if changed := differences(old, options.to_dict(), ignore=FREE):
@@ -232,6 +255,8 @@ def _arguments(options: Options, out: Path) -> TrainingArguments:
         warmup_steps=options.warmup_steps,
         bf16=options.bf16,
         ddp_find_unused_parameters=False,
+        fsdp=options.fsdp,
+        fsdp_config={"state_dict_type": "SHARDED_STATE_DICT"} if options.fsdp else None,
         use_cpu=not torch.accelerator.is_available(),  # else it refuses bf16
         seed=options.seed,
         data_seed=options.seed,
