@@ -80,7 +80,7 @@ def check(context, corpus_file, tmp_path, method, kills, compiled):
     config = None if method == "plain" else PRESETS[method].replace(T1=4, T2=4)
     options = Options(
         method=method, config=config, model="llama-tiny", data=str(corpus_file), tokenizer="bpe:300", steps=STEPS,
-        batch_size=8, seq_len=32, lr=1e-3, warmup=0.25, eval_every=10, save_every=3,
+        batch_size=10, seq_len=32, lr=1e-3, warmup=0.25, eval_every=10, save_every=3,
     )  # fmt: skip
     whole = start(context, options, tmp_path / "whole", compiled)
     whole.join()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 
@@ -146,9 +146,7 @@ class LastingTrainer(Trainer):
         """Also shard on CPU: accelerate would silently train with DDP there, though FSDP2 itself runs."""
         super().create_accelerator_and_postprocess()
         if self.args.fsdp and self.accelerator.distributed_type != DistributedType.FSDP:
-            state = self.accelerator.state
-            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-            state.distributed_type = DistributedType.FSDP
+            shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -161,6 +159,15 @@ class LastingTrainer(Trainer):
             if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
                 raise
             _give_up(folder, error, self.args)
+
+
+def shard_on_cpu(accelerator: Accelerator, arguments: dict[str, Any]) -> None:
+    """Let accelerate prepare models with FSDP2 on CPU; ``arguments`` are those of its plugin."""
+    plugin = FullyShardedDataParallelPlugin(**arguments)
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    accelerator.state.fsdp_plugin = plugin
+    accelerator.state.distributed_type = DistributedType.FSDP
 
 
 def _give_up(folder: Path, error: Exception, args: TrainingArguments) -> None:

@@ -50,7 +50,9 @@ def track_kept(model: nn.Module, batch: Any = ()) -> Iterator[KeptBytes]:
 
     def pack(tensor: Tensor) -> Tensor:
         key = _storage(tensor)
-        if key not in owned and key not in counted and not (tensor.is_leaf and tensor.requires_grad):
+        # A leaf that needs a gradient, or a view of one: a parameter, also one that FSDP gathered.
+        base = tensor if tensor._base is None else tensor._base
+        if key not in owned and key not in counted and not (base.is_leaf and base.requires_grad):
             counted[key] = tensor.detach()
             name = names[-1]
             kept.by_module[name] = kept.by_module.get(name, 0) + tensor.untyped_storage().nbytes()

@@ -1,0 +1,73 @@
+"""Every cell of the matrix, and the table that says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+import matrix
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from matrix import HERE, LOOPS, SEVERAL, Cell, cells
+
+TABLE = Path(__file__).parent.parent / "docs" / "compatibility.md"
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def takes_long(cell: Cell) -> bool:
+    """Tracing takes seconds a cell; with every change the plain loop stands for all."""
+    return cell.wrapper == "compile" and cell.loop != "plain loop"
+
+
+@pytest.mark.parametrize(
+    "cell", [pytest.param(c, marks=pytest.mark.long) if takes_long(c) else c for c in cells(HERE)], ids=str
+)
+def test_cell(cell: Cell) -> None:
+    assert matrix.run(cell) == matrix.expected(cell)
+
+
+def _work(rank: int, folder: str, wrapper: str, loop: str) -> None:
+    """One of two processes: all cells of a wrapper and a loop, one after the other."""
+    for cell in cells((wrapper,)):
+        if cell.loop == loop != "Trainer":
+            matrix.reference(cell)  # while this is the only process
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # for those who ask; the file is what counts
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    found = {}
+    for cell in cells((wrapper,)):
+        if cell.loop == loop:
+            try:
+                found[str(cell)] = matrix.run(cell)
+            except Exception:
+                found[str(cell)] = traceback.format_exc()
+                break  # the processes may be out of step now
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("wrapper", SEVERAL)
+def test_two_processes(wrapper: str, loop: str, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_work, (str(tmp_path), wrapper, loop), nprocs=2)
+    expected = {str(c): matrix.expected(c) for c in cells((wrapper,)) if c.loop == loop}
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found == expected, "\n".join(text for text in found.values() if "Traceback" in text)
+
+
+def test_the_table_in_the_docs_is_of_these_cells() -> None:
+    assert TABLE.read_text() == matrix.table(), "write it anew: python tests/test_matrix.py"
+
+
+if __name__ == "__main__":
+    TABLE.write_text(matrix.table())
+    print(f"{TABLE}: {len(cells((*HERE, *SEVERAL)))} cells", file=sys.stderr)
