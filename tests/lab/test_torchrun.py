@@ -1,0 +1,58 @@
+"""``torchrun -m prac train`` with DDP and FSDP2, resumed on another number of processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from prac.lab import results
+
+COMMON = ["--model", "llama-tiny", "--tokenizer", "bpe:300", "--batch-size", "8", "--seq-len", "32", "--steps", "6",
+          "--save-every", "3", "--T1", "3", "--T2", "3", "--method", "paper", "--quiet"]  # fmt: skip
+
+
+def launch(processes, out, corpus_file, *more):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+               "-m", "prac", "train", *COMMON, "--data", str(corpus_file), "--out", str(out), *more]  # fmt: skip
+    ran = subprocess.run(command, env=os.environ | {"PRAC_COMPILE": "0"}, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return results.read(out / "result.json")["rows"][0]
+
+
+@pytest.mark.parametrize("kind", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+def test_train_and_resume_on_another_number_of_processes(kind, corpus_file, tmp_path):
+    out = tmp_path / "run"
+    row = launch(2, out, corpus_file, *kind)
+    assert (row["processes"], row["steps"]) == (2, 6)
+    states = [torch.load(out / "checkpoint-3" / name, weights_only=True)["handle"] for name in ("prac.pt", "prac-1.pt")]
+    for name, subspace in states[0]["subspaces"].items():  # of its own tokens, from its own generator
+        assert not torch.equal(subspace["p"], states[1]["subspaces"][name]["p"]), name
+    if kind:
+        assert {p.name for p in (out / "checkpoint-3" / "optimizer_0").glob("*.distcp")} == {
+            "__0_0.distcp",
+            "__1_0.distcp",
+        }
+    final = load_file(out / ("model" if kind else "checkpoint-6") / "model.safetensors")
+
+    (out / "result.json").unlink()
+    shutil.rmtree(out / "checkpoint-6")
+    more = launch(3, out, corpus_file, *kind, "--resume")
+    assert (more["processes"], more["steps"]) == (3, 6)
+    assert [line["step"] for line in results.read_lines(out / "metrics.jsonl") if "loss" in line] == list(range(1, 7))
+    assert (out / "checkpoint-6" / "prac-2.pt").exists()
+    resumed = load_file(out / ("model" if kind else "checkpoint-6") / "model.safetensors")
+    assert more["val_loss"] == pytest.approx(row["val_loss"], rel=0.05)
+    assert all((resumed[name] - final[name]).norm() < 0.2 * final[name].norm() for name in final)
+
+
+def test_sharding_needs_processes(corpus_file, tmp_path, capsys):
+    from prac.cli import main
+
+    assert main(["train", *COMMON, "--data", str(corpus_file), "--out", str(tmp_path / "run"), "--fsdp"]) == 2
+    assert "start it as torchrun" in capsys.readouterr().err
