@@ -20,8 +20,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def takes_long(cell: Cell) -> bool:
-    """Tracing takes seconds a cell; with every change the plain loop stands for all."""
-    return cell.wrapper == "compile" and cell.loop != "plain loop"
+    """What is left to ``make test-long``: graphs, whose tracing takes seconds a cell, but for one dtype and loop."""
+    if cell.wrapper == "compile":
+        return cell.loop != "plain loop" or cell.dtype != "fp32"
+    return cell.dtype == "pure bf16" and cell.loop != "plain loop"
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,9 @@ def _work(rank: int, folder: str, wrapper: str, loop: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize(
+    "loop", [pytest.param(each, marks=pytest.mark.long) if each == "Accelerate" else each for each in LOOPS]
+)
 @pytest.mark.parametrize("wrapper", SEVERAL)
 def test_two_processes(wrapper: str, loop: str, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_work, (str(tmp_path), wrapper, loop), nprocs=2)

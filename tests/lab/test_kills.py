@@ -95,7 +95,7 @@ def check(context, corpus_file, tmp_path, method, kills, compiled):
     print(f"{method}: killed at steps {hits}, then the same {len(losses(tmp_path / 'whole'))} lines and weights")
 
 
-@pytest.mark.parametrize("method", ["paper", "lean"])
+@pytest.mark.parametrize("method", ["paper"])
 def test_killed_twice(context, corpus_file, tmp_path, method):
     check(context, corpus_file, tmp_path, method, 2, compiled=False)
 

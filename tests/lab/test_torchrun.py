@@ -25,7 +25,9 @@ def launch(processes, out, corpus_file, *more):
     return results.read(out / "result.json")["rows"][0]
 
 
-@pytest.mark.parametrize("kind", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param([], marks=pytest.mark.long, id="ddp"), pytest.param(["--fsdp"], id="fsdp")]
+)
 def test_train_and_resume_on_another_number_of_processes(kind, corpus_file, tmp_path):
     out = tmp_path / "run"
     row = launch(2, out, corpus_file, *kind)
