@@ -140,6 +140,7 @@ def test_fused_kernels_make_the_same_codes(bits: int, monkeypatch: pytest.Monkey
 def test_predicted_peaks(size: str, method: str) -> None:
     """Within 5% of the allocator's peak, at micro-batches that leave room on a GPU of 80 GB."""
     from prac.lab import footprint
+    from prac.lab.peers import checkpoint_blocks
     from prac.memory import measure
 
     micro_batch = 64 if size != "llama-1b" else 32
@@ -150,8 +151,7 @@ def test_predicted_peaks(size: str, method: str) -> None:
     model = type(model)(model.config).to("cuda", torch.bfloat16).train()
     model.config.use_cache = False
     if method == "checkpoint":
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        checkpoint_blocks(model)
     if method in prac.PRESETS:
         prac.compress(model, method, loss="chunked" if loss == "chunked" else None)
     ids = torch.randint(0, 32_000, (micro_batch, 256), device="cuda")

@@ -12,6 +12,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import prac
+from prac.lab.peers import checkpoint_blocks
 from prac.memory import track_kept
 
 LEAN = prac.PRESETS["lean"].replace(min_width=8)
@@ -92,7 +93,7 @@ def test_under_checkpointing(reentrant: bool) -> None:
     models = [build("llama"), build("llama")]
     for model in models:
         prac.compress(model, EXACT)
-    models[1].gradient_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_blocks(models[1], reentrant=reentrant)
     plain, recomputed = (gradients(m, **BATCH) for m in models)
     assert all(relative(recomputed[n], plain[n]) < 1e-5 for n in plain)
     with track_kept(models[1]) as kept:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import prac
+from prac.lab.peers import checkpoint_blocks
 from prac.layers import Compressed
 from prac.memory import track_kept
 
@@ -51,7 +52,7 @@ def test_recomputation_uses_the_same_subspaces(reentrant: bool) -> None:
     models = [build("llama"), build("llama")]
     for model in models:
         prac.compress(model, PAPER.replace(T1=1, T2=1))
-    models[1].gradient_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_blocks(models[1], reentrant=reentrant)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in models]
     for _ in range(3):
         plain, recomputed = (gradients(m, **BATCH) for m in models)

@@ -13,7 +13,8 @@ import matrix
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from matrix import HERE, LOOPS, SEVERAL, Cell, cells
+from matrix import HERE, LOOPS, cells
+from training import SEVERAL, Cell
 
 TABLE = Path(__file__).parent.parent / "docs" / "compatibility.md"
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any
 
 import pytest
@@ -12,12 +11,11 @@ from models import build
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import prac
 from prac import tangible
 from prac.lab.footprint import OPTIMIZERS
-from prac.lab.peers import SAVED
+from prac.lab.peers import checkpoint_blocks
 from prac.memory import Breakdown, measure, predict, track_kept
 
 FAMILIES = ("llama", "qwen2", "gemma2", "gpt2", "t5", "vit", "bert")
@@ -38,11 +36,7 @@ def batch_for(family: str) -> dict[str, Tensor]:
 def prepared(family: str, method: str) -> tuple[nn.Module, prac.Config | None]:
     model = build(family).train()
     if method in ("checkpoint", "selective"):
-        how: dict[str, Any] = {"use_reentrant": False}
-        if method == "selective":
-            how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, list(SAVED))
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable(how)
+        checkpoint_blocks(model, selective=method == "selective")
     return model, prac.PRESETS[method].replace(min_width=8) if method in prac.PRESETS else None
 
 

@@ -50,7 +50,7 @@ def killed(context, options, out, compiled, kills, seed):
     chance, hits, path = random.Random(seed), [], out / "metrics.jsonl"
     while len(hits) < kills:
         newest = checkpoints.newest(out)
-        step = 0 if newest is None else int(newest.name.rpartition("-")[2])
+        step = 0 if newest is None else checkpoints.step(newest)
         # A few steps on from where it resumes, but never past the end; and up to 60 ms into whatever comes next.
         target = min(step + chance.randint(0 if hits else 4, 6), STEPS - 2)
         delay = chance.random() * 0.06

@@ -15,14 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
-from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from prac.lab import files, results
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from prac.handle import Handle
@@ -32,8 +29,21 @@ SEAL = "sealed.json"
 
 def newest(out: Path) -> Path | None:
     """The newest checkpoint in a run folder that was written whole."""
-    found = [path for path in out.glob("checkpoint-*") if (path / SEAL).exists()]
-    return max(found, key=_step, default=None)
+    return max(_sealed(out), key=step, default=None)
+
+
+def step(checkpoint: Path) -> int:
+    """The optimizer step after which it was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the ``Trainer`` writes the checkpoint of this step."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _sealed(out: Path) -> list[Path]:
+    return [path for path in out.glob("checkpoint-*") if (path / SEAL).exists()]
 
 
 def check(checkpoint: Path) -> None:
@@ -48,8 +58,8 @@ def check(checkpoint: Path) -> None:
     except (ValueError, KeyError, TypeError, AttributeError):
         wrong = f"{SEAL} cannot be read"
     if wrong:
-        older = [path for path in checkpoint.parent.glob("checkpoint-*") if (path / SEAL).exists()]
-        before = max((path for path in older if _step(path) < _step(checkpoint)), key=_step, default=None)
+        older = [path for path in _sealed(checkpoint.parent) if step(path) < step(checkpoint)]
+        before = max(older, key=step, default=None)
         then = f"go on from {before.name}" if before else "start over with --overwrite, since there is no older one"
         raise ValueError(f"{checkpoint} is damaged: {wrong}. Restore it from a copy, or delete this folder and {then}.")
 
@@ -66,10 +76,6 @@ def _problem(checkpoint: Path, name: str, entry: dict[str, Any]) -> str | None:
 def _digest(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _seal(checkpoint: Path, processes: int) -> None:
@@ -112,7 +118,7 @@ def load_handle(handle: Handle | None, checkpoint: Path, process: int) -> None:
     handle.load_state_dict(state)
 
 
-# --- in a Trainer --------------------------------------------------------------------------------
+# --- while training ------------------------------------------------------------------------------
 
 
 class Seal(TrainerCallback):
@@ -123,60 +129,26 @@ class Seal(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Every process writes its state; when all have, the first one seals."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if not folder.exists():
+        checkpoint = folder(args, state)
+        if not checkpoint.exists():
             return  # it could not be written
         try:
-            save_handle(self.handle, folder / handle_file(args.process_index))
+            save_handle(self.handle, checkpoint / handle_file(args.process_index))
             if args.world_size > 1:
                 torch.distributed.barrier()
             if args.process_index == 0:
-                _seal(folder, args.world_size)
+                _seal(checkpoint, args.world_size)
         except OSError as error:
-            _give_up(folder, error, args)
+            give_up(checkpoint, error, args)
 
 
-class LastingTrainer(Trainer):
-    """A ``Trainer`` that trains on where a checkpoint cannot be written, and leaves the ones before it alone.
-
-    With several processes it stops instead, since the others would wait for the one that failed.
-    """
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """Also shard on CPU: accelerate would silently train with DDP there, though FSDP2 itself runs."""
-        super().create_accelerator_and_postprocess()
-        if self.args.fsdp and self.accelerator.distributed_type != DistributedType.FSDP:
-            shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
-            self.is_fsdp_enabled = True
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, SafetensorError) as error:
-            _give_up(folder, error, self.args)
-        except RuntimeError as error:  # what torch.save raises where the disk is full
-            if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
-                raise
-            _give_up(folder, error, self.args)
-
-
-def shard_on_cpu(accelerator: Accelerator, arguments: dict[str, Any]) -> None:
-    """Let accelerate prepare models with FSDP2 on CPU; ``arguments`` are those of its plugin."""
-    plugin = FullyShardedDataParallelPlugin(**arguments)
-    if accelerator.mixed_precision != "no":
-        plugin.set_mixed_precision(accelerator.mixed_precision)
-    accelerator.state.fsdp_plugin = plugin
-    accelerator.state.distributed_type = DistributedType.FSDP
-
-
-def _give_up(folder: Path, error: Exception, args: TrainingArguments) -> None:
+def give_up(checkpoint: Path, error: Exception, args: TrainingArguments) -> None:
     """Remove what there is of a checkpoint, to make room, and say so."""
     if args.world_size > 1:
         raise error
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
     print(
-        f"\nprac: {folder.name} could not be written and is left out, training goes on: "
+        f"\nprac: {checkpoint.name} could not be written and is left out, training goes on: "
         f"{' '.join(str(error).split())[:200]}. Make room on the disk before the next one.",
         file=sys.stderr,
     )

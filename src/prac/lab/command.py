@@ -202,7 +202,7 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     out = arguments.out or Path("runs") / f"{Path(arguments.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     from rich.console import Console
 
-    from prac.lab import compare, report, results, table, train
+    from prac.lab import compare, report, results, run_folder, table, train
 
     failures: list[str] = []
     if len(wanted) == 1:
@@ -212,7 +212,7 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("give one --method and one --seed per launch when training on several processes.")
         for each in [] if arguments.resume or arguments.overwrite else wanted:
-            train.check_free(compare.folder(out, each))
+            run_folder.check_free(compare.folder(out, each))
         train.prepare(wanted[0])
         rows, failures = compare.run_each(wanted, out, argv, arguments.resume)
         folders = [Path(row["out"]) for row in rows]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from prac.lab import results, train
+from prac.lab import results, run_folder
 from prac.lab.options import Options
 
 
@@ -30,7 +30,7 @@ def run_each(
     rows, failures = [], []
     for options in wanted:
         target = folder(out, options)
-        if resume and (row := train.finished(options, target)):
+        if resume and (row := run_folder.finished(options, target)):
             rows.append(row)
             continue
         code = launch(narrowed(options, target, argv))

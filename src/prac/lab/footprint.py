@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from prac.config import PRESETS, Config
 from prac.lab import models
-from prac.lab.peers import SAVED
+from prac.lab.peers import checkpoint_blocks
 from prac.memory import Breakdown, predict
 from prac.memory.predict import OptimizerFactory, adamw
 
@@ -149,12 +147,7 @@ def one(setting: Setting, method: str, loss: str, optimizer: str) -> Breakdown:
     config = config_of(method)
     model, batch = materials(setting)
     if method in ("checkpoint", "selective"):
-        how: dict[str, Any] = {"use_reentrant": False}
-        if method == "selective":
-            how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, list(SAVED))
-        # The name before transformers 5.23.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable(how)
+        checkpoint_blocks(model, selective=method == "selective")
     if loss == HALF:
         model.loss_function = _without_upcast
     _, autocast = DTYPES[setting.dtype]

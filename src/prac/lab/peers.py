@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from prac.config import PRESETS, Config
 from prac.convert import compress
 from prac.handle import Handle
 from prac.lab.blocks import Block
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PEERS = ("plain", "checkpoint", "selective", "compile")
 COMPILED = "+compile"  # after the name of a preset: in a block that torch.compile compiles
@@ -58,6 +62,16 @@ def variants(methods: Sequence[str], attention_bits: int | None = None) -> dict[
         ):
             rows[f"{name}+attention{attention_bits}"] = more
     return rows
+
+
+def checkpoint_blocks(model: PreTrainedModel, *, selective: bool = False, reentrant: bool = False) -> None:
+    """Turn on gradient checkpointing in a model of transformers, of whole blocks or of all but :data:`SAVED`."""
+    how: dict[str, Any] = {"use_reentrant": reentrant}
+    if selective:
+        how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, list(SAVED))
+    # The second name is that before transformers 5.23.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(how)
 
 
 def apply(block: Block, method: str, config: Config | None, x: Tensor) -> Handle | None:

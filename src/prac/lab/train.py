@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import shutil
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -17,16 +16,13 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from transformers.integrations import TensorBoardCallback
 
 import prac
-from prac.lab import checkpoints, data, files, measure, models, results, tokens
+from prac.lab import checkpoints, data, files, measure, models, results, run_folder, tokens
 from prac.lab.callbacks import Metrics, Progress, Spectra
-from prac.lab.options import Options, differences
+from prac.lab.options import Options
+from prac.lab.trainer import LastingTrainer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-# What may differ between a run and its resumption.
-FREE = ("eval_every", "eval_blocks", "save_every")
-OWNED = ("config.json", "metrics.jsonl", "spectrum.json", "result.json", "tensorboard", "report.html", "model")
 
 
 def prepare(options: Options) -> tuple[Any, tokens.Blocks]:
@@ -76,17 +72,17 @@ def run(
     with arguments.main_process_first(local=False):
         main = arguments.process_index == 0
         if overwrite and main:
-            clear(out)
-        if resume and (done := finished(options, out)):
+            run_folder.clear(out)
+        if resume and (done := run_folder.finished(options, out)):
             return done
         if not resume and main:
-            check_free(out)
+            run_folder.check_free(out)
         checkpoint = checkpoints.newest(out)
         if checkpoint is not None and main:
             checkpoints.check(checkpoint)
         tokenizer, blocks = prepare(options)
         if main:
-            _open(out, options)
+            run_folder.claim(out, options)
 
     set_seed(options.seed)
     model = models.build(options.model, tokenizer, options.seq_len)
@@ -99,7 +95,7 @@ def run(
 
     spectra_batch = collate([blocks.validation[i] for i in range(min(len(blocks.validation), 4 * options.batch_size))])
     metrics = Metrics(out / "metrics.jsonl")
-    trainer = checkpoints.LastingTrainer(
+    trainer = LastingTrainer(
         model=model,
         args=arguments,
         train_dataset=blocks.train,
@@ -173,59 +169,6 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def finished(options: Options, out: Path) -> results.Row | None:
-    """The row of a run that is complete in ``out``; ``None`` if there is none.
-
-    Raises:
-        ValueError: if the run there, complete or not, is of other options.
-    """
-    complete = (out / "result.json").exists()
-    if complete or checkpoints.newest(out) is not None:
-        _check_same(options, out)
-    if not complete:
-        return None
-    row: results.Row = results.read(out / "result.json")["rows"][0]
-    return row
-
-
-def clear(out: Path) -> None:
-    """Delete what a run left in ``out``, and nothing else."""
-    for path in [*(out / name for name in OWNED), *out.glob("checkpoint-*")]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def check_free(out: Path) -> None:
-    """Refuse to run over another run.
-
-    Raises:
-        ValueError: if ``out`` holds results or checkpoints.
-    """
-    if (out / "result.json").exists() or checkpoints.newest(out) is not None:
-        raise ValueError(f"{out} already holds a run: choose another --out, or give --resume or --overwrite.")
-
-
-def _open(out: Path, options: Options) -> None:
-    """Write down what is going to run, where nothing but the traces of a failed start may lie."""
-    if checkpoints.newest(out) is None:
-        check_free(out)
-        clear(out)
-    files.write_json(out / "config.json", {"options": options.to_dict(), "versions": results.versions()})
-
-
-def _check_same(options: Options, out: Path) -> None:
-    old = results.read(out / "config.json")["options"]
-    # What there was before there was a choice.
-    old.setdefault("loss", "plain")
-    old.setdefault("fsdp", False)
-    if old["config"] is not None:  # one written before some field existed has that field's default
-        old["config"] = prac.Config.from_dict(old["config"]).to_dict()
-    if changed := differences(old, options.to_dict(), ignore=FREE):
-        raise ValueError(f"cannot resume {out}, it was run with other options ({'; '.join(changed)}).")
-
-
 def _chunk_loss(model: nn.Module, wanted: str) -> str:
     """Put the chunked loss into the model if it is wanted, or may be had; returns which one it has."""
     if wanted != "plain":
@@ -288,7 +231,7 @@ def _tensorboard(out: Path, checkpoint: Path | None) -> list[TrainerCallback]:
         return []
     from torch.utils.tensorboard import SummaryWriter
 
-    step = None if checkpoint is None else int(checkpoint.name.rpartition("-")[2]) + 1
+    step = None if checkpoint is None else checkpoints.step(checkpoint) + 1
     return [TensorBoardCallback(SummaryWriter(str(out / "tensorboard"), purge_step=step))]
 
 

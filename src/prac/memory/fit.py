@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -28,11 +29,6 @@ class Rung(NamedTuple):
     config: Config | None
     chunked_loss: bool
     gives_up: str
-
-    @property
-    def loss(self) -> Literal["chunked"] | None:
-        """As :func:`prac.compress` takes it."""
-        return "chunked" if self.chunked_loss else None
 
 
 # From the mildest on: each takes no more memory than the one before.
@@ -142,20 +138,19 @@ def _real_peak(
     model: nn.Module, batch: Example, rung: Rung, autocast: torch.dtype | None, loss: Callable[[Any], Tensor] | None
 ) -> int | None:
     """Bytes at the peak of a real step, without the optimizer's state; None if there is not that much."""
-    undo: Callable[[], Any] = lambda: None  # noqa: E731
     device = next(model.parameters()).device
-    try:
-        with in_mode(model, training=True), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            if rung.config is not None:
-                undo = compress(model, rung.config, loss=rung.loss).restore
-            elif rung.chunked_loss:
-                undo = ChunkedLoss(model).remove
+    with ExitStack() as undo:
+        undo.callback(model.zero_grad, set_to_none=True)
+        undo.enter_context(in_mode(model, training=True))
+        undo.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        if rung.config is not None:
+            undo.callback(compress(model, rung.config, loss="chunked" if rung.chunked_loss else None).restore)
+        elif rung.chunked_loss:
+            undo.callback(ChunkedLoss(model).remove)
+        try:
             return measure(model, batch, autocast=autocast, loss=loss).peak
-    except torch.OutOfMemoryError:
-        return None
-    finally:
-        undo()
-        model.zero_grad(set_to_none=True)
+        except torch.OutOfMemoryError:
+            return None
 
 
 def largest_batch(

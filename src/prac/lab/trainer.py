@@ -1,0 +1,48 @@
+"""The ``Trainer`` of ``prac train``: full disks do not end it, and it shards on CPU too."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from safetensors import SafetensorError
+from transformers import Trainer
+
+from prac.lab import checkpoints
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class LastingTrainer(Trainer):
+    """A ``Trainer`` that trains on where a checkpoint cannot be written, and leaves the ones before it alone.
+
+    With several processes it stops instead, since the others would wait for the one that failed.
+    """
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Also shard on CPU: accelerate would silently train with DDP there, though FSDP2 itself runs."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and self.accelerator.distributed_type != DistributedType.FSDP:
+            shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        checkpoint = checkpoints.folder(self.args, self.state)
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError) as error:
+            checkpoints.give_up(checkpoint, error, self.args)
+        except RuntimeError as error:  # what torch.save raises where the disk is full
+            if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+                raise
+            checkpoints.give_up(checkpoint, error, self.args)
+
+
+def shard_on_cpu(accelerator: Accelerator, arguments: dict[str, Any]) -> None:
+    """Let accelerate prepare models with FSDP2 on CPU; ``arguments`` are those of its plugin."""
+    plugin = FullyShardedDataParallelPlugin(**arguments)
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    accelerator.state.fsdp_plugin = plugin
+    accelerator.state.distributed_type = DistributedType.FSDP
