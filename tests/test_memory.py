@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -209,3 +210,12 @@ def test_tracking_of_kept_bytes_still_works_on_fakes() -> None:
         with track_kept(model) as kept:
             model(torch.empty(5, 8))
     assert kept.total == 5 * 8 * 4 + 5 * 16 * 4
+
+
+def test_tracking_keeps_nothing_alive() -> None:
+    model = build("llama").train()
+    output = []
+    model.get_submodule("model.layers.0").register_forward_hook(lambda module, args, y: output.append(weakref.ref(y)))
+    with track_kept(model):
+        model(**batch_for("llama"))  # and no backward, which would set free what it has used
+    assert output[0]() is None

@@ -49,6 +49,9 @@ def track_kept(model: nn.Module, batch: Any = ()) -> Iterator[KeptBytes]:
     counted: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
+        # An output that its own node saves would keep itself alive; what has no node is left as it is, so that
+        # others find it again.
+        alone = tensor if tensor.grad_fn is None else tensor.detach()
         key = _storage(tensor)
         # A leaf that needs a gradient, or a view of one: a parameter, also one that FSDP gathered.
         base = tensor if tensor._base is None else tensor._base
@@ -56,7 +59,7 @@ def track_kept(model: nn.Module, batch: Any = ()) -> Iterator[KeptBytes]:
             counted[key] = tensor.detach()
             name = names[-1]
             kept.by_module[name] = kept.by_module.get(name, 0) + tensor.untyped_storage().nbytes()
-        return tensor
+        return alone
 
     try:
         with running(model) as names, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
