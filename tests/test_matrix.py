@@ -13,7 +13,7 @@ import matrix
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from matrix import HERE, LOOPS, cells
+from matrix import DTYPES, HERE, cells
 from training import SEVERAL, Cell
 
 TABLE = Path(__file__).parent.parent / "docs" / "compatibility.md"
@@ -34,10 +34,14 @@ def test_cell(cell: Cell) -> None:
     assert matrix.run(cell) == matrix.expected(cell)
 
 
-def _work(rank: int, folder: str, wrapper: str, loop: str) -> None:
-    """One of two processes: all cells of a wrapper and a loop, one after the other."""
-    for cell in cells((wrapper,)):
-        if cell.loop == loop != "Trainer":
+def _cells(wrapper: str, loop: str, dtypes: tuple[str, ...]) -> list[Cell]:
+    return [cell for cell in cells((wrapper,)) if cell.loop == loop and cell.dtype in dtypes]
+
+
+def _work(rank: int, folder: str, wrapper: str, loop: str, dtypes: tuple[str, ...]) -> None:
+    """One of two processes: all these cells, one after the other."""
+    for cell in _cells(wrapper, loop, dtypes):
+        if loop != "Trainer":
             matrix.reference(cell)  # while this is the only process
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -46,24 +50,30 @@ def _work(rank: int, folder: str, wrapper: str, loop: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     found = {}
-    for cell in cells((wrapper,)):
-        if cell.loop == loop:
-            try:
-                found[str(cell)] = matrix.run(cell)
-            except Exception:
-                found[str(cell)] = traceback.format_exc()
-                break  # the processes may be out of step now
+    for cell in _cells(wrapper, loop, dtypes):
+        try:
+            found[str(cell)] = matrix.run(cell)
+        except Exception:
+            found[str(cell)] = traceback.format_exc()
+            break  # the processes may be out of step now
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
-    "loop", [pytest.param(each, marks=pytest.mark.long) if each == "Accelerate" else each for each in LOOPS]
+    ("loop", "dtypes"),
+    [
+        ("plain loop", DTYPES),
+        ("Trainer", DTYPES[:2]),
+        pytest.param("Trainer", DTYPES[2:], marks=pytest.mark.long),
+        pytest.param("Accelerate", DTYPES, marks=pytest.mark.long),
+    ],
+    ids=["plain loop", "Trainer", "Trainer, pure bf16", "Accelerate"],
 )
 @pytest.mark.parametrize("wrapper", SEVERAL)
-def test_two_processes(wrapper: str, loop: str, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_work, (str(tmp_path), wrapper, loop), nprocs=2)
-    expected = {str(c): matrix.expected(c) for c in cells((wrapper,)) if c.loop == loop}
+def test_two_processes(wrapper: str, loop: str, dtypes: tuple[str, ...], tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_work, (str(tmp_path), wrapper, loop, dtypes), nprocs=2)
+    expected = {str(cell): matrix.expected(cell) for cell in _cells(wrapper, loop, dtypes)}
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found == expected, "\n".join(text for text in found.values() if "Traceback" in text)
