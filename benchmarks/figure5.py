@@ -17,8 +17,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from prac import files
 from prac.config import PRESETS, Rank
-from prac.lab import compare, files, plots, report, results
+from prac.lab import compare, plots, report, results
 
 HERE = Path(__file__).parent / "results"
 KINDS = ("linear", "norm", "activation")

@@ -32,9 +32,9 @@ from rich.console import Console
 from rich.table import Table
 
 import prac
-from prac import PRESETS, Bits, Config, Rank
+from prac import PRESETS, Bits, Config, Rank, files
 from prac.cli import parser as command_parser
-from prac.lab import bench, blocks, compare, files, plots, report, results, train
+from prac.lab import bench, blocks, compare, plots, report, results, train
 from prac.lab.command import options as parse_options
 
 HERE = Path(__file__).parent / "results"

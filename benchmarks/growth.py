@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from prac.lab import compare, files, plots, report, results
+from prac import files
+from prac.lab import compare, plots, report, results
 
 HERE = Path(__file__).parent / "results"
 COLOURS = (*plots.PALETTE, "#000000")  # one for each setting

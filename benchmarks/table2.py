@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from prac.lab import files, footprint, plots, results
+from prac import files
+from prac.lab import footprint, plots, results
 
 HERE = Path(__file__).parent / "results"
 # Micro-batch, tokens of a sequence, dtype.

@@ -1,13 +1,18 @@
-"""Data-parallel ranks draw their own noise, and average it."""
+"""Data-parallel ranks draw their own noise, and average it; FSDP2 may shard any layer."""
 
 from __future__ import annotations
+
+import copy
+import warnings
 
 import torch
 from helpers import gradients
 from models import build
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 
 import prac
+from prac.layers import Compressed
 
 DRAWS = 60
 IDS = torch.randint(3, 97, (16, 17), generator=torch.Generator().manual_seed(0))
@@ -57,3 +62,41 @@ def test_ranks_draw_their_own(monkeypatch) -> None:
     (a, b), r1 = (s.p_NR for s in found), found[0].r1
     torch.testing.assert_close(a[:, :r1] @ a[:, :r1].mT, b[:, :r1] @ b[:, :r1].mT, rtol=1e-3, atol=1e-4)
     assert (a[:, r1:] - b[:, r1:]).norm() > 0.5 * a[:, r1:].norm()
+
+
+LOSSLESS = {
+    "paper": prac.Config(
+        linear=prac.Rank(1.0, 0.0), norm=prac.Rank(1.0, 0.0), activation=prac.Rank(1.0, 0.0), min_width=1
+    ),
+    "lean": prac.Config(
+        linear=prac.Bits(32), norm=prac.Bits(32), activation=prac.Bits(32), group=prac.Bits(32), min_width=1
+    ),
+}
+
+
+def _every_layer_sharded(rank: int, folder: str) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    for config in LOSSLESS.values():
+        model = build("llama").train()
+        plain = copy.deepcopy(model)
+        handle = prac.compress(model, config)
+        for module in reversed(list(model.modules())):
+            if isinstance(module, Compressed):  # also those that others run, or that run others
+                fully_shard(module)
+        fully_shard(model)
+        monitor = prac.Monitor(handle)
+        with monitor:
+            model(input_ids=IDS, labels=IDS).loss.backward()
+        plain(input_ids=IDS, labels=IDS).loss.backward()
+        for p, expected in zip(model.parameters(), plain.parameters(), strict=True):
+            assert p.to_local().numel() < expected.numel()
+            torch.testing.assert_close(p.grad.full_tensor(), expected.grad, rtol=1e-3, atol=1e-6)
+        variances = [layer.gradient_variance for layer in monitor.history[0].layers if layer.kind in ("linear", "norm")]
+        assert max(variances) < 1e-9  # and none is missing
+    torch.distributed.destroy_process_group()
+
+
+def test_fsdp2_of_every_single_layer(tmp_path) -> None:
+    torch.multiprocessing.spawn(_every_layer_sharded, (str(tmp_path),), nprocs=2)

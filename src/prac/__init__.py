@@ -11,6 +11,7 @@ from prac.convert import compress
 from prac.handle import Handle
 from prac.loss import ChunkedLoss
 from prac.memory import Breakdown, fit, measure, predict
+from prac.monitor import Monitor
 
 __all__ = [
     "PRESETS",
@@ -19,6 +20,7 @@ __all__ = [
     "ChunkedLoss",
     "Config",
     "Handle",
+    "Monitor",
     "Rank",
     "compress",
     "fit",

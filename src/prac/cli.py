@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from prac.lab import bench_command, command, memory_command
+from prac.lab import bench_command, command, layers_command, memory_command
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_parser(commands)
     bench_command.add_parser(commands)
     memory_command.add_parser(commands)
+    layers_command.add_parser(commands)
     return top
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prac import saving
 from prac.clock import Clock
 from prac.config import Config
 from prac.estimator import Estimator, Kept
@@ -99,7 +103,12 @@ class Handle:
         """A layer that has its input from what others keep."""
         source = self._sources[name]
         if not source.name:
-            return Row(name, module, layer.kind, "in full", 0, 0, f"{source.what} keeps it anyway")
+            attention, estimators = self._attention_around(name)
+            label = estimators[0].label() if estimators else "in full"
+            note = (
+                f"from the output of {attention.rpartition('.')[2]}" if attention else f"{source.what} keeps it anyway"
+            )
+            return Row(name, module, layer.kind, label, 0, 0, note)
         maker = self.model.get_submodule(source.name)
         assert isinstance(maker, Compressed)
         estimator = next(iter(maker.estimators.values()))
@@ -130,33 +139,65 @@ class Handle:
         """
         errors: dict[str, float] = {}
 
-        def observe(estimator: Estimator, x: Tensor, kept: Kept) -> None:
-            x_MN = x.detach().reshape(-1, x.shape[-1]).float()
-            error = kept.reconstruct().float() - x_MN
-            energy = x_MN.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
-            errors[estimator.name] = (error.square().sum() / energy).item()
+        def look(estimator: Estimator, x: Tensor, kept: Kept) -> None:
+            error, energy = squares(x, kept)
+            errors[estimator.name] = error / max(energy, torch.finfo(torch.float32).tiny)
 
-        self.observe(example, observe)
+        with in_mode(self.model, training=True), torch.enable_grad(), torch.random.fork_rng(), self.observed(look):
+            call(self.model, example)
         return errors
 
-    def observe(self, example: Example, look: Any) -> None:
-        """Run the model on ``example`` in training mode; call ``look(estimator, x, kept)`` for each kept tensor.
+    @contextmanager
+    def observed(self, look: Callable[[Estimator, Tensor, Kept], None]) -> Iterator[None]:
+        """Inside the block ``look`` is called with each tensor that is kept, nothing is refreshed, no state changes.
 
         Raises:
             RuntimeError: before the first training step, when there is no subspace yet.
         """
-        empty = [s.name for s in self._subspaces() if s.p_NR is None]
-        if empty and len(empty) == len(list(self._subspaces())):
+        subspaces = list(self._subspaces())
+        if subspaces and all(s.p_NR is None for s in subspaces):
             raise RuntimeError("no subspace yet: run at least one training step first.")
         ready = [e for e in self._estimators() if not isinstance(e, Subspace) or e.p_NR is not None]
+        stored = [e.storage if isinstance(e, Subspace) else e for e in ready]
+        draws = [(e, e.draws) for e in stored if isinstance(e, Stored)]
         for estimator in ready:
-            estimator.observer = lambda x, kept, e=estimator: look(e, x, kept)
+            estimator.observer = functools.partial(look, estimator)
         try:
-            with in_mode(self.model, training=True), torch.enable_grad(), torch.random.fork_rng():
-                call(self.model, example)
+            yield
         finally:
             for estimator in ready:
                 estimator.observer = None
+            for each, drawn in draws:
+                each.draws = drawn
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Inside the block the model trains as it did before: everything is kept in full, gradients are exact."""
+        layers = self._layers().values()
+        for layer in layers:
+            layer.suspended = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.suspended = False
+
+    def read_by(self, name: str) -> list[Estimator]:
+        """The estimators that keep what a compressed layer reads: its own, or those of the layer that it reads from."""
+        source = self._sources.get(name)
+        if source is not None and not source.name:
+            return self._attention_around(name)[1]
+        layer = self.model.get_submodule(name if source is None else source.name)
+        return list(layer.estimators.values()) if isinstance(layer, Compressed) else []
+
+    def _attention_around(self, name: str) -> tuple[str, list[Estimator]]:
+        """The compressed attention that a layer is part of, and how its output is kept; ``""`` and none without."""
+        while name:
+            name = name.rpartition(".")[0]
+            module = self.model.get_submodule(name)
+            if isinstance(module, Compressed) and module.kind == "attention":
+                return name, [module.estimators["out"]]
+        return "", []
 
     # --- state -----------------------------------------------------------------------
 
@@ -192,6 +233,19 @@ class Handle:
             subspace.load_state_dict(state["subspaces"][subspace.name])
         self._clock.step = state["step"]
 
+    def save(self, folder: str | Path) -> None:
+        """Write :meth:`state_dict` into ``folder``, as ``prac.pt``; with several processes, a file each."""
+        saving.save(self.state_dict(), Path(folder))
+
+    def load(self, folder: str | Path) -> None:
+        """Take up what :meth:`save` wrote, also in another number of processes.
+
+        Raises:
+            FileNotFoundError: if there is nothing.
+            ValueError: if it is damaged, or of another model or config.
+        """
+        self.load_state_dict(saving.load(Path(folder)))
+
     def restore(self) -> nn.Module:
         """Undo the compression: every module gets its own class back, the model its loss. Returns the model."""
         for name, layer in self._layers().items():
@@ -210,6 +264,12 @@ class Handle:
 
     def _subspaces(self) -> Iterator[Subspace]:
         yield from (e for e in self._estimators() if isinstance(e, Subspace))
+
+
+def squares(x: Tensor, kept: Kept) -> tuple[float, float]:
+    """‖X̃ − X‖² and ‖X‖²."""
+    x_MN = x.detach().reshape(-1, x.shape[-1]).float()
+    return (kept.reconstruct().float() - x_MN).square().sum().item(), x_MN.square().sum().item()
 
 
 def _short(name: str, neighbour: str) -> str:

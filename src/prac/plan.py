@@ -47,7 +47,7 @@ class Plan:
         self._as_one: dict[str, list[str]] = {}
         for name in [n for n, match in chosen.items() if match.layer is MLP]:
             self._settle_mlp(name)
-        self._sources = self._find_sources() if together else {}
+        self._sources = self._from_attention(together) | (self._find_sources() if together else {})
         for name, match in chosen.items():
             if self._keep(name) is None and name not in self._sources and name not in self.left_to_others:
                 self.left_to_others[name] = f"the config leaves {match.layer.kind} layers alone"
@@ -80,10 +80,14 @@ class Plan:
             elif match.layer is ElementWise:
                 readers = [r for r in self.structure.readers(name) if r in self._matches]
                 sources |= dict.fromkeys(readers, Source(name, "its input"))
-        for name, match in self._matches.items():
-            if match.shareable and name in self.structure.keeps_input:
-                sources.setdefault(name, Source("", "attention"))
         return {name: source for name, source in sources.items() if name in self._matches}
+
+    def _from_attention(self, together: bool) -> dict[str, Source]:
+        """What attention keeps anyway; the paper's way has use for it only where it is in few bits."""
+        if not together and (self.config.attention_bits is None or self.config.linear is None):
+            return {}
+        read = [n for n, match in self._matches.items() if match.shareable and n in self.structure.keeps_input]
+        return dict.fromkeys(read, Source("", "attention"))
 
     def qualifies(self, norm: str) -> bool:
         """Whether every use of a norm's output is a linear layer that takes it from the norm."""

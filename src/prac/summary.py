@@ -36,13 +36,7 @@ def table(rows: Sequence[Row]) -> str:
     for pattern, count, row in _fold(rows):
         name = pattern if count == 1 else f"{pattern} ×{count}"
         lines.append((name, row.module, row.what, row.rank, _number(row.before), _number(row.after), row.note))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    right = {4, 5}
-    text = [
-        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    ]
-    text.insert(1, "  ".join("─" * w for w in widths))
+    text = aligned(lines, right={4, 5})
     compressed = [row for row in rows if row.compressed]
     before, after = (sum(getattr(row, side) or 0 for row in compressed) for side in ("before", "after"))
     text.append("")
@@ -53,7 +47,18 @@ def table(rows: Sequence[Row]) -> str:
     )
     if not any(row.what == "attention" for row in compressed):
         text.append("What is computed between modules (attention's q, k, v and output, residual sums) stays in full.")
-    return "\n".join(line.rstrip() for line in text)
+    return "\n".join(text)
+
+
+def aligned(lines: Sequence[Sequence[str]], right: set[int]) -> list[str]:
+    """Lines of cells in columns, the first underlined; the columns ``right`` are aligned there."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    cells = [
+        [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        for line in lines
+    ]
+    cells.insert(1, ["─" * w for w in widths])
+    return ["  ".join(line).rstrip() for line in cells]
 
 
 def _number(value: int | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import resource
 import shutil
 
@@ -12,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from prac import saving
 from prac.config import PRESETS
 from prac.lab import checkpoints, results, train
 from prac.lab.options import Options
@@ -116,8 +116,8 @@ def test_nothing_is_unpickled(tmp_path):
             return (tmp_path / "evil").touch, ()
 
     torch.save({"handle": Evil()}, tmp_path / "prac.pt")
-    with pytest.raises(pickle.UnpicklingError):
-        checkpoints.load_handle(None, tmp_path, 0)
+    with pytest.raises(ValueError, match=r"prac\.pt is damaged"):
+        saving.load(tmp_path)
     assert not (tmp_path / "evil").exists()
 
 

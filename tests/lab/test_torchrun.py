@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from prac import monitor
 from prac.lab import results
 
 COMMON = ["--model", "llama-tiny", "--tokenizer", "bpe:300", "--batch-size", "8", "--seq-len", "32", "--steps", "6",
@@ -32,7 +33,7 @@ def test_train_and_resume_on_another_number_of_processes(kind, corpus_file, tmp_
     out = tmp_path / "run"
     row = launch(2, out, corpus_file, *kind)
     assert (row["processes"], row["steps"]) == (2, 6)
-    states = [torch.load(out / "checkpoint-3" / name, weights_only=True)["handle"] for name in ("prac.pt", "prac-1.pt")]
+    states = [torch.load(out / "checkpoint-3" / name, weights_only=True) for name in ("prac.pt", "prac-1.pt")]
     for name, subspace in states[0]["subspaces"].items():  # of its own tokens, from its own generator
         assert not torch.equal(subspace["p"], states[1]["subspaces"][name]["p"]), name
     if kind:
@@ -40,6 +41,9 @@ def test_train_and_resume_on_another_number_of_processes(kind, corpus_file, tmp_
             "__0_0.distcp",
             "__1_0.distcp",
         }
+    readings = monitor.read(out / "layers.jsonl")
+    assert readings[-1].step == 6
+    assert all(layer.gradient_variance > 0 for layer in readings[-1].layers if layer.kind in ("linear", "norm"))
     final = load_file(out / ("model" if kind else "checkpoint-6") / "model.safetensors")
 
     (out / "result.json").unlink()

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from prac import monitor
+from prac.cli import main
 from prac.config import PRESETS
 from prac.lab import models, report, results, train
 from prac.lab.options import Options
@@ -22,13 +24,23 @@ class Spy(TrainerCallback):
     def __init__(self, stop=None):
         self.batches = []
         self.stop = stop
+        self.looking = True
 
     def on_train_begin(self, args, state, control, model, **_):
         def look(_, inputs):
-            if model.training:
+            if model.training and self.looking:
                 self.batches.append(inputs[0].flatten().tolist())
 
         model.get_input_embeddings().register_forward_pre_hook(look)
+
+    def on_step_begin(self, args, state, control, **_):
+        self.looking = True
+
+    def on_step_end(self, args, state, control, **_):
+        self.looking = False  # layers are measured between steps
+
+    def on_train_end(self, args, state, control, **_):
+        self.looking = True
 
     def on_save(self, args, state, control, **_):
         if state.global_step == self.stop:
@@ -88,7 +100,9 @@ def test_a_run_folder_is_complete(runs):
     names = {path.name for path in out.iterdir()}
     assert names == {
         "config.json", "metrics.jsonl", "result.json", "spectrum.json", "tensorboard", "checkpoint-6", "checkpoint-12",
+        "layers.jsonl",
     }  # fmt: skip
+    assert "layers.jsonl" not in {path.name for path in runs["plain"][0].iterdir()}
     assert results.read(out / "config.json")["options"]["config"]["T1"] == 4
     assert (out / "checkpoint-12" / "tokenizer.json").exists()
 
@@ -155,6 +169,29 @@ def test_resume_is_exact(method, runs, options, tmp_path):
     assert old.keys() == new.keys()
     assert all(torch.equal(old[name], new[name]) for name in old)
     assert results.read(tmp_path / "spectrum.json") == results.read(whole / "spectrum.json")
+    assert monitor.read(tmp_path / "layers.jsonl") == monitor.read(whole / "layers.jsonl")
+
+
+def test_every_layer_is_measured_and_shown(runs, tmp_path, capsys):
+    out = runs["paper"][0]
+    readings = monitor.read(out / "layers.jsonl")
+    assert len(readings) > 2
+    assert readings[-1].refreshes > readings[0].refreshes
+    assert all(layer.gradient_variance > 0 for layer in readings[-1].layers if layer.kind in ("linear", "norm"))
+    assert main(["layers", str(out), "--top", "5", "--plot", str(tmp_path / "layers.svg")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(readings[-1].table(5))
+    assert (tmp_path / "layers.svg").read_text().startswith("<svg")
+    assert main(["layers", str(out / "layers.jsonl"), "--step", str(readings[0].step)]) == 0
+    assert capsys.readouterr().out.strip() == readings[0].table(20).strip()
+
+    assert main(["layers", str(out), "--step", "1000"]) == 2
+    assert f"has no reading of step 1000; there are {readings[0].step}, " in capsys.readouterr().err
+    assert main(["layers", str(runs["plain"][0])]) == 2
+    assert "layers.jsonl does not exist: give the folder of a compressed run" in capsys.readouterr().err
+    (tmp_path / "notes.txt").write_text("my notes")
+    assert main(["layers", str(tmp_path / "notes.txt")]) == 2
+    assert "holds no readings of a prac.Monitor" in capsys.readouterr().err
 
 
 def test_a_complete_run_is_reused_but_not_for_other_options(runs, options):
@@ -195,7 +232,8 @@ def test_the_report_stands_alone(runs):
     assert f"{paper['val_loss']:.3f}" in page
     assert f"{plain['unigram_entropy']:.3f}" in page
     assert "prac train --method plain paper" in page
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
+    assert "What paper loses, layer by layer" in page
     for outside in ("<script", "<img", "<link", "@import", "url(http", 'src="http'):
         assert outside not in page
 

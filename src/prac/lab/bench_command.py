@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from prac.lab import blocks, files, peers, results
+from prac import files
+from prac.lab import blocks, peers, results
 
 if TYPE_CHECKING:
     from rich.table import Table

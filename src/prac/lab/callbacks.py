@@ -1,4 +1,4 @@
-"""What happens between the steps of a ``Trainer``: metrics, a progress bar, spectra."""
+"""What happens between the steps of a ``Trainer``: metrics, a progress bar, spectra, errors by layer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from prac.lab import files, measure, results
+from prac import files
+from prac.integrations.transformers import PracCallback
+from prac.lab import measure, results
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+    from prac.handle import Handle
 
 
 class Metrics(TrainerCallback):
@@ -91,6 +96,11 @@ class Metrics(TrainerCallback):
         if self._stream is not None:
             self._stream.close()
             self._stream = None
+
+    def leave_out(self, seconds: float) -> None:
+        """Take time off the clock that went into something other than training."""
+        if self._since is not None:
+            self._since += seconds
 
     def _write(self, **line: float) -> None:
         if self._stream is None:
@@ -178,3 +188,23 @@ class Spectra(TrainerCallback):
 
     def _read(self) -> Any:
         return results.read(self.path) if self.path.exists() else []
+
+
+class Layers(PracCallback):
+    """Measures every layer, off the clock; the state is in checkpoints already (:class:`prac.lab.checkpoints.Seal`)."""
+
+    def __init__(self, handle: Handle, trainer: Trainer, every: int, path: Path, metrics: Metrics) -> None:
+        super().__init__(handle, trainer, every, path=path)
+        self.metrics = metrics
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Measure, when it is time."""
+        if self.monitor.measures:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # what is in flight is training
+            started = time.perf_counter()
+            super().on_step_end(args, state, control)
+            self.metrics.leave_out(time.perf_counter() - started)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Nothing."""

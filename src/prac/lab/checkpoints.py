@@ -8,7 +8,6 @@ match its seal was damaged later, and is refused.
 from __future__ import annotations
 
 import hashlib
-import io
 import shutil
 import sys
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from prac.lab import files, results
+from prac import files
+from prac.lab import results
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -87,37 +87,6 @@ def _seal(checkpoint: Path, processes: int) -> None:
     files.write_json(checkpoint / SEAL, {"processes": processes, "files": entries})
 
 
-# --- the state of the compression --------------------------------------------------------------
-
-
-def handle_file(process: int) -> str:
-    """The file name of one process's compression state: each compresses its own tokens."""
-    return "prac.pt" if process == 0 else f"prac-{process}.pt"
-
-
-def save_handle(handle: Handle | None, path: Path) -> None:
-    """Write the state of a handle (``None`` for plain) whole or not at all."""
-    buffer = io.BytesIO()
-    torch.save({"handle": None if handle is None else handle.state_dict()}, buffer)
-    files.write(path, buffer.getvalue())
-
-
-def load_handle(handle: Handle | None, checkpoint: Path, process: int) -> None:
-    """Take up the state of one process.
-
-    A process that there was not when the checkpoint was written takes the first one's steps, and makes subspaces of
-    its own in its next forward pass: the noise of processes is to be independent.
-    """
-    own = checkpoint / handle_file(process)
-    state = torch.load(own if own.exists() else checkpoint / handle_file(0), weights_only=True)["handle"]
-    if handle is None:
-        return
-    if not own.exists():
-        for subspace in state["subspaces"].values():
-            subspace |= {"p": None, "q1_step": -1, "q2_step": -1}
-    handle.load_state_dict(state)
-
-
 # --- while training ------------------------------------------------------------------------------
 
 
@@ -133,7 +102,8 @@ class Seal(TrainerCallback):
         if not checkpoint.exists():
             return  # it could not be written
         try:
-            save_handle(self.handle, checkpoint / handle_file(args.process_index))
+            if self.handle is not None:
+                self.handle.save(checkpoint)
             if args.world_size > 1:
                 torch.distributed.barrier()
             if args.process_index == 0:

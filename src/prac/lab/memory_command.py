@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prac.lab import files, models
+from prac import files
+from prac.lab import models
 
 if TYPE_CHECKING:
     from rich.table import Table

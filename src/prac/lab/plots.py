@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import io
+import itertools
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from prac.config import PRESETS
+from prac.reading import Reading
 
 # Okabe and Ito's palette, told apart with any colour vision; grey for the baseline.
 PALETTE = ("#8a8a8a", "#0a84c6", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c564b")
 COLOURS = {method: PALETTE[index % len(PALETTE)] for index, method in enumerate(("plain", *PRESETS))}
+NOTHING = 1e-6  # an error below this is rounding
 INK = "#012345"  # stands for the page's text colour until the SVG is made
 STYLE: dict[str, Any] = {
     "font.size": 10,
@@ -112,6 +118,44 @@ def spectra(runs: list[Run]) -> str:
         left.legend(fontsize=8.5)
         figure.suptitle(f"Input of {layer}", x=0.01, ha="left", fontsize=11)
         return svg(figure)
+
+
+def layers(readings: Sequence[Reading], title: str, top: int = 6) -> str:
+    """Errors of every layer by step: the ``top`` that lose most at the end in colours, the others in grey."""
+    worst = [layer.name for layer in readings[-1].worst() if layer.gradient_variance is not None][:top]
+    colours = dict(zip(worst, itertools.cycle(PALETTE[1:]), strict=False))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.6, 4.0), layout="constrained")
+        panels = figure.subplots(1, 2, sharex=True)
+        for axes, what in zip(panels, ("reconstruction_error", "gradient_variance"), strict=True):
+            curves: dict[str, list[tuple[int, float]]] = {}
+            for reading in readings:
+                for layer in reading.layers:
+                    if getattr(layer, what):  # there, and not zero: the axis is logarithmic
+                        curves.setdefault(layer.name, []).append((reading.step, getattr(layer, what)))
+            for name, curve in curves.items():
+                look: dict[str, Any] = {"color": PALETTE[0], "linewidth": 0.8, "alpha": 0.5, "zorder": 2}
+                if name in colours:
+                    look = {"color": colours[name], "linewidth": 1.8, "zorder": 3}
+                axes.plot(*zip(*curve, strict=True), marker="o", markersize=3, **look)
+            axes.set_yscale("log")
+            axes.set_ylim(bottom=max(axes.get_ylim()[0], NOTHING))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+            axes.set(xlabel="optimizer step")
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        panels[0].set(title="Of what a layer reads", ylabel="squared relative error")
+        panels[1].set(title="Of its gradients")
+        named = [(colours[name], _short(name)) for name in worst] + [(PALETTE[0], "all others")]
+        lines = [Line2D([], [], color=colour, marker="o", markersize=3, label=name) for colour, name in named]
+        figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=8.5)
+        figure.suptitle(f"What {title} loses, layer by layer", x=0.01, ha="left", fontsize=11)
+        return svg(figure)
+
+
+def _short(name: str) -> str:
+    """``block 3: mlp.up_proj``."""
+    found = re.search(r"(?:^|\.)(\d+)\.(.+)", name)
+    return f"block {found[1]}: {found[2]}" if found else name
 
 
 def smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

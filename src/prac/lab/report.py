@@ -10,7 +10,8 @@ from typing import Any
 
 import jinja2
 
-from prac.lab import files, plots, results, table
+from prac import files, monitor
+from prac.lab import plots, results, run_folder, table
 from prac.memory.breakdown import size
 
 
@@ -29,6 +30,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         "kept": result["kept_by_layer"],
         "metrics": results.read_lines(folder / "metrics.jsonl"),
         "spectra": results.read(spectra) if spectra.exists() else [],
+        "layers": monitor.read(folder / run_folder.LAYERS),
     }
 
 
@@ -81,6 +83,8 @@ def render(folders: Sequence[Path], argv: Sequence[str]) -> str:
         losses=plots.losses(runs, rows[0]["unigram_entropy"]),
         kept=plots.kept(runs),
         spectra=plots.spectra(runs) if all(run["spectra"] for run in runs) else None,
+        layers={method: plots.layers(run["layers"], method) for method, run in first.items() if run["layers"]},
+        readings={method: run["layers"][-1].table() for method, run in first.items() if run["layers"]},
         summaries={method: first[method]["summary"] for method in first if first[method]["summary"]},
         common=common,
         own=own,

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from prac.lab import files
+from prac import files
 
 Row = dict[str, Any]
 

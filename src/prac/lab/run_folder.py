@@ -5,13 +5,15 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from prac import files
 from prac.config import Config
-from prac.lab import checkpoints, files, results
+from prac.lab import checkpoints, results
 from prac.lab.options import Options, differences
 
 # What may differ between a run and its resumption.
 FREE = ("eval_every", "eval_blocks", "save_every")
-OWNED = ("config.json", "metrics.jsonl", "spectrum.json", "result.json", "tensorboard", "report.html", "model")
+LAYERS = "layers.jsonl"
+OWNED = ("config.json", "metrics.jsonl", LAYERS, "spectrum.json", "result.json", "tensorboard", "report.html", "model")
 
 
 def finished(options: Options, out: Path) -> results.Row | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from prac.lab import files
+from prac import files
 from prac.lab.data import Corpus
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from transformers.integrations import TensorBoardCallback
 
 import prac
-from prac.lab import checkpoints, data, files, measure, models, results, run_folder, tokens
-from prac.lab.callbacks import Metrics, Progress, Spectra
+from prac import files
+from prac.lab import checkpoints, data, measure, models, results, run_folder, tokens
+from prac.lab.callbacks import Layers, Metrics, Progress, Spectra
 from prac.lab.options import Options
 from prac.lab.trainer import LastingTrainer
 
@@ -90,8 +91,8 @@ def run(
     handle = None
     if options.config is not None:
         handle = prac.compress(model, options.config, include=options.include, exclude=options.exclude)
-    if checkpoint is not None:
-        checkpoints.load_handle(handle, checkpoint, arguments.process_index)
+        if checkpoint is not None:
+            handle.load(checkpoint)
 
     spectra_batch = collate([blocks.validation[i] for i in range(min(len(blocks.validation), 4 * options.batch_size))])
     metrics = Metrics(out / "metrics.jsonl")
@@ -111,6 +112,9 @@ def run(
             *callbacks,
         ],
     )
+    if handle is not None:
+        every = options.eval_every or max(1, options.steps // 10)
+        trainer.add_callback(Layers(handle, trainer, every, out / run_folder.LAYERS, metrics))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     gc.collect()

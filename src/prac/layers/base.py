@@ -27,10 +27,11 @@ class Compressed(nn.Module):
     kind: ClassVar[Kind]
     statistics: ClassVar[int] = 0  # numbers per token kept exactly, beside Z
     estimators: dict[str, Estimator]  # one for each tensor the layer keeps
+    suspended = False  # keep everything in full for a while
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's, in training with what it keeps compressed."""
-        if not (self.training and torch.is_grad_enabled()):
+        if self.suspended or not (self.training and torch.is_grad_enabled()):
             return super().forward(*args, **kwargs)
         return self._outside_graphs(*args, **kwargs)
 
@@ -88,7 +89,7 @@ def swap(module: nn.Module, match: Match, estimators: dict[str, Estimator]) -> N
 
 def unswap(module: Compressed, match: Match) -> None:
     """The inverse of :func:`swap`."""
-    for name in ("estimators", "_prac_group", *match.attributes):
+    for name in ("estimators", "suspended", "_prac_group", *match.attributes):
         vars(module).pop(name, None)
     module.__class__ = type(module).__bases__[1]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prac.config import Kind
+from prac.estimator import Tensors
 from prac.layers.activation import function_of
 from prac.layers.base import Compressed, Match, is_hooked, trained
 from prac.layers.linear import Linear
@@ -65,10 +66,21 @@ class MLP(Compressed):
         roles, keep = self._prac_roles, self.estimators["gate"]
         assert isinstance(keep, Stored)
         *into, down = (layer.parameters_ON() for layer in self._layers())
-        y = norm_mlp(
-            x, normed, into, down, roles.function.name, keep.bits, is_gated=roles.gated, gate_first=roles.gate_first
-        )
+        shape = {"is_gated": roles.gated, "gate_first": roles.gate_first}
+        seen = None if keep.observer is None else self._observer()
+        y = norm_mlp(x, normed, into, down, roles.function.name, keep.bits, **shape, seen=seen)
         return self._drop(y)
+
+    def _observer(self) -> Callable[[Tensor, Tensors], None]:
+        """Passes what the one operation keeps of g, and then of u, on to whoever observes them."""
+        estimators = iter(self.estimators.values())
+
+        def seen(z_MK: Tensor, tensors: Tensors) -> None:
+            estimator = next(estimators)
+            if isinstance(estimator, Stored) and estimator.observer is not None:
+                estimator.observer(z_MK, estimator.kept(tensors, z_MK.shape[1], z_MK.dtype))
+
+        return seen
 
     def _drop(self, y: Tensor) -> Tensor:
         if self._prac_roles.dropout:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prac.config import Bits
+from prac.estimator import Tensors
 from prac.ops import kernels
 from prac.ops.function import Gradients, apply, autocast_dtype, backward, cast, saved
 from prac.ops.group import Parameters, group_grads, save_group
@@ -26,6 +27,7 @@ def norm_mlp(
     *,
     is_gated: bool,
     gate_first: bool = True,
+    seen: Callable[[Tensor, Tensors], None] | None = None,
 ) -> Tensor:
     """``f(g) u Wᵀ + b``, or ``f(a) Wᵀ + b``, with g, u and a linear in a norm's output.
 
@@ -44,9 +46,10 @@ def norm_mlp(
         bits: of g and u, or a; None keeps them in full.
         is_gated: whether there is a product.
         gate_first: where one layer gives both, whether the gate is its first half.
+        seen: called with g, and what is kept of it, and then with u.
     """
     flat = [t for layer in (*into, down) for t in layer]
-    setting = (function, bits, is_gated, gate_first)
+    setting = (function, bits, is_gated, gate_first, seen)
     return apply(_NormMLP, normed.x, normed.weight, normed.bias, y.detach(), normed, setting, *flat)
 
 
@@ -59,23 +62,25 @@ class _NormMLP(torch.autograd.Function):
         bias_N: Tensor | None,
         y: Tensor,
         normed: Normed,
-        setting: tuple[str, Bits | None, bool, bool],
+        setting: tuple[str, Bits | None, bool, bool, Callable[[Tensor, Tensors], None] | None],
         *layers: Any,  # weights and biases in turn
     ) -> Tensor:
-        function, bits, is_gated, gate_first = setting
+        function, bits, is_gated, gate_first, seen = setting
         weights, biases = layers[::2], layers[1::2]
         dtype = autocast_dtype(y)
         with torch.autocast(y.device.type, enabled=False):
             y_MN = y.to(dtype).reshape(-1, y.shape[-1])
             zs = [F.linear(y_MN, w.to(dtype), cast(b, dtype)) for w, b in zip(weights[:-1], biases[:-1], strict=True)]
-            if is_gated:
-                g_MK, u_MK = zs if len(zs) == 2 else _halves(zs[0], gate_first)
-                h_MK, *stored = kernels.gated(g_MK, u_MK, function, bits)
-            else:
-                h_MK, *stored = kernels.activated(zs[0], function, bits)
+            if len(zs) < 1 + is_gated:
+                zs = list(_halves(zs[0], gate_first))
+            kernel = kernels.gated if is_gated else kernels.activated
+            h_MK, *stored = kernel(*zs, function, bits)
+            if seen is not None:
+                for z_MK, kept in zip(zs, stored, strict=True):
+                    seen(z_MK, kept)
             del zs
             out = F.linear(h_MK, weights[-1].to(dtype), cast(biases[-1], dtype))
-        ctx.exact, ctx.setting = normed.exact and ctx.needs_input_grad[0], setting
+        ctx.exact, ctx.setting = normed.exact and ctx.needs_input_grad[0], setting[:4]
         own = {"g": stored[0], "u": stored[1] if is_gated else ()}
         save_group(ctx, normed, dtype, weights, biases, exact=ctx.exact, **own)
         return out.view(*y.shape[:-1], -1)
