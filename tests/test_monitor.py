@@ -15,6 +15,7 @@ import prac
 from prac import monitor
 from prac.layers import Compressed
 from prac.reading import LayerStats, Reading
+from prac.replay import Call
 
 
 def llama(**changes):
@@ -168,6 +169,23 @@ def test_where_it_works(how):
     assert reading.kept_bytes == pytest.approx(kept.total, rel=0.05)  # what is kept per batch is kept per part
 
 
+def test_gradients_from_outside_alone_count(monkeypatch):
+    """Outputs that the model computes one from the other, as a loss from logits and these from hidden states."""
+    model = llama()
+    watch = prac.Monitor(prac.compress(model, prac.PRESETS["lean"].replace(min_width=8)))
+    (batch,) = batches(1)
+    calls = []
+    monkeypatch.setattr(Call, "backward", lambda self, output, grads: calls.append(grads))
+    with watch:
+        output = model(**batch, output_hidden_states=True)
+        assert type(output).__name__ == "CausalLMOutputWithPast"
+        (3 * output.loss + output.hidden_states[1].sum()).backward()
+    grads = calls[0].values()
+    assert sorted(g.dim() for g in grads) == [0, 3]
+    assert sum(g.sum().item() for g in grads if g.dim() == 0) == 3.0
+    assert all((g == 1).all() for g in grads if g.dim() == 3)
+
+
 def test_buffers_are_put_back():
     model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16))
     watch = prac.Monitor(prac.compress(model, prac.Config(linear=prac.Rank(4, 4), min_width=1)))
@@ -212,10 +230,10 @@ def test_without_memory_for_the_exact_gradient_the_rest_is_measured(monkeypatch)
     handle = prac.compress(model, prac.PRESETS["lean"].replace(min_width=8))
     watch = prac.Monitor(handle)
 
-    def full(leaves, outer):
+    def full(self, output, grads):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(monitor, "backward", full)
+    monkeypatch.setattr(Call, "backward", full)
     with pytest.warns(UserWarning, match="raise parts"):
         steps(model, batches(1), watch)
     (reading,) = watch.history

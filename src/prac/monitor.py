@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from prac import files, fused
 from prac.estimator import Estimator, Kept
@@ -19,7 +18,7 @@ from prac.handle import Handle, squares
 from prac.layers import Compressed
 from prac.memory import track_kept
 from prac.reading import LayerStats, Reading
-from prac.replay import Call, backward
+from prac.replay import Call
 from prac.subspace import Subspace
 
 
@@ -119,9 +118,8 @@ class Monitor:
         if model.training and torch.is_grad_enabled():
             self._seen = Call(model, args, kwargs)
 
-    def _after(self, model: nn.Module, args: Any, output: Any) -> None:
-        if self._seen is not None and torch.is_grad_enabled():
-            self._seen.watch(output)
+    def _after(self, model: nn.Module, args: Any, output: Any) -> Any:
+        return self._seen.watch(output) if self._seen is not None and torch.is_grad_enabled() else None
 
     # --- when it is over ----------------------------------------------------------------------
 
@@ -148,10 +146,10 @@ class Monitor:
             # Parts have a shape of their own, which is not worth compiling kernels for.
             with call.again(), self.handle.observed(look), fused.run_by(_as_written):
                 for args, kwargs, outer in call.parts(self.parts):
-                    leaves = tree_leaves(self.handle.model(*args, **kwargs))
+                    output = self.handle.model(*args, **kwargs)
                     if exact is not None:
-                        backward(leaves, outer)
-                    del leaves
+                        call.backward(output, outer)
+                    del output
             if exact is not None:
                 gradients = {p: (_square(p.grad), exact[p]) for p in exact}
         finally:
@@ -174,7 +172,7 @@ class Monitor:
         try:
             with call.again(), self.handle.suspended(), fused.run_by(_as_written):
                 for args, kwargs, outer in call.parts(self.parts):
-                    backward(tree_leaves(self.handle.model(*args, **kwargs)), outer)
+                    call.backward(self.handle.model(*args, **kwargs), outer)
         except torch.OutOfMemoryError:
             for p in parameters:
                 p.grad = None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 
 class Call:
@@ -30,17 +30,31 @@ class Call:
         kind = self._device.type
         self._autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
-    def watch(self, output: Any) -> None:
-        """Remember the gradients of the outputs when there are any."""
-        for number, tensor in enumerate(tree_leaves(output)):
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.register_hook(self._keeper(number))
+    def watch(self, output: Any) -> Any:
+        """The output, whose gradients are remembered when there are any.
+
+        Its tensors are views of the model's, so that what the model itself computes from one of them (a loss from
+        logits) is not counted for what is done with it outside. A scalar is a copy: losses are changed in place, and
+        then the hook of a view is never called.
+        """
+        leaves, tree = tree_flatten(output, is_leaf=_is_leaf)
+        for number, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                alias = leaf.view_as(leaf) if leaf.dim() else leaf.clone()
+                alias.register_hook(self._keeper(number))
+                leaves[number] = alias
+        return tree_unflatten(leaves, tree)
 
     def _keeper(self, number: int) -> Any:
         def keep(grad: Tensor) -> None:
             self.grads[number] = grad.detach()
 
         return keep
+
+    def backward(self, output: Any, grads: dict[int, Tensor]) -> None:
+        """Backward from an output, given the gradients of its tensors."""
+        leaves = tree_leaves(output, is_leaf=_is_leaf)
+        torch.autograd.backward([leaves[i] for i in grads], list(grads.values()))
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -79,9 +93,9 @@ class Call:
         return int(least)
 
 
-def backward(leaves: list[Any], outer: dict[int, Tensor]) -> None:
-    """From the outputs, as the leaves of their tree, given their gradients."""
-    torch.autograd.backward([leaves[i] for i in outer], list(outer.values()))
+def _is_leaf(output: Any) -> bool:
+    """Everything but containers: what else a model returns, such as a cache, is handed on as it is."""
+    return not isinstance(output, Mapping | list | tuple)
 
 
 def _rows(rows: int, start: int, end: int) -> Any:

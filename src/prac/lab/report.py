@@ -71,11 +71,14 @@ def render(folders: Sequence[Path], argv: Sequence[str]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("prac.lab", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    first = {run["method"]: run for run in reversed(runs)}
+    first: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        first.setdefault(run["method"], run)
     common, own = _options(runs)
     return environment.get_template("report.html.j2").render(
         rows=rows,
         headlines=headlines(rows),
+        against_plain=len({row["method"] for row in rows} | {"plain"}) == len(results.by_method(rows)) > 1,
         colours=plots.COLOURS,
         headings=table.HEADINGS,
         lines=table.cells(rows),
