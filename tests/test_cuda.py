@@ -170,3 +170,35 @@ def test_fit_tries_what_it_predicts() -> None:
     found = prac.fit(model, {"input_ids": ids, "labels": ids}, "5GiB")
     assert found.real is not None
     assert found.real <= 5 * 2**30
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_monitored_run_is_the_same_run(dtype: torch.dtype) -> None:
+    """Generators of the GPU, autocast and a scaled loss are part of the step that is run again."""
+    ends, batch = [], on_gpu(BATCH)
+    for monitored in (False, True):
+        torch.manual_seed(0)
+        model = build("gpt2").cuda().train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.1
+        handle = prac.compress(model, PAPER.replace(T1=2, T2=2))
+        watch = prac.Monitor(handle, every=2, parts=2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        scaler = torch.amp.GradScaler(enabled=dtype == torch.float16)
+        for _ in range(5):
+            if monitored:
+                watch.begin()
+            with torch.autocast("cuda", dtype):
+                loss = model(**batch).loss
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            if monitored:
+                watch.end()
+        ends.append([p.detach().clone() for p in model.parameters()])
+        if monitored:
+            assert len(watch.history) > 1
+            assert all(0 < layer.gradient_variance < 100 for layer in watch.history[-1].layers if layer.kind == "norm")
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
