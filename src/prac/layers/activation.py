@@ -28,8 +28,7 @@ class ElementWise(Compressed):
     def _compressed(self, x: Tensor) -> Tensor:
         """(..., m) to (..., m)."""
         if not trained(x):
-            y: Tensor = self._original(x)
-            return y
+            return self._original(x)
         estimator = self.estimators["x"]
         h = activation(x, self._prac_function, estimator, compute=self._original)
         return mark(h, activated(estimator.keep(x), self._prac_function)) if isinstance(estimator, Stored) else h

@@ -34,8 +34,7 @@ class Linear(Compressed):
                 return self._with_group(x, source)
             source = source.kept(x.dtype)
         if not trained(self.weight):
-            y: Tensor = self._original(x)
-            return y
+            return self._original(x)
         return linear(x, *self.parameters_ON(), source or self.estimators["x"])
 
     def _with_group(self, x: Tensor, normed: Normed) -> Tensor:

@@ -49,8 +49,7 @@ class MLP(Compressed):
         if isinstance(source, Normed) and self._runs_as_one():
             return self._from_norm(x, source)
         if not self._prac_roles.gated:
-            y: Tensor = self._original(x)
-            return y
+            return self._original(x)
         return self._product(x)
 
     def _runs_as_one(self) -> bool:

@@ -27,8 +27,7 @@ class LayerNorm(Compressed):
     def _compressed(self, x: Tensor) -> Tensor:
         """(..., n) to (..., n)."""
         if not trained(x, self.weight, self.bias):
-            y: Tensor = self._original(x)
-            return y
+            return self._original(x)
         eps, estimator = self._prac_norm.eps, self.estimators["x"]
         return layer_norm(x, self.weight, self.bias, eps, estimator, compute=self._original)
 
@@ -44,8 +43,7 @@ class RMSNorm(Compressed):
     def _compressed(self, x: Tensor) -> Tensor:
         """(..., n) to (..., n)."""
         if not trained(x, self.weight):
-            y: Tensor = self._original(x)
-            return y
+            return self._original(x)
         estimator, norm = self.estimators["x"], self._prac_norm
         return rms_norm(x, self.weight, norm.eps, estimator, offset=norm.offset, compute=self._original)
 
@@ -64,8 +62,7 @@ class SharedNorm(Compressed):
         """(..., n) to (..., n)."""
         bias = getattr(self, "bias", None)
         if not trained(x, self.weight, bias):
-            y: Tensor = self._original(x)
-            return y
+            return self._original(x)
         y, normed = normalise(x, self.weight, bias, self._prac_norm, self.estimators["x"], self._dtype(x))
         return mark(y, normed) if self._prac_marks else y
 
