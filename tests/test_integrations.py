@@ -114,6 +114,16 @@ def test_transformers_resumes_with_a_warning_where_nothing_was_saved(tmp_path):
         trainer.train(resume_from_checkpoint=True)
 
 
+def test_transformers_trains_on_after_it_has_trained(tmp_path, recwarn):
+    model, handle = model_and_handle()
+    trainer = trainer_for(tmp_path, model, max_steps=2)
+    trainer.add_callback(PracCallback(handle, trainer))
+    for steps in (2, 4):
+        trainer.train()  # anew, not resumed
+        assert handle.step == steps
+    assert not [warning for warning in recwarn if "prac.pt" in str(warning.message)]
+
+
 def test_transformers_refuses_a_damaged_state(tmp_path):
     model, handle = model_and_handle()
     trainer = trainer_for(tmp_path, model, max_steps=3)

@@ -47,7 +47,7 @@ class PracCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Take up the state of a run that is resumed, unless it was taken up already."""
         handle = self.monitor.handle
-        if state.global_step == handle.step:
+        if state.global_step in (0, handle.step):
             return
         folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
         if isinstance(args.resume_from_checkpoint, str):
