@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+import prac
 from prac import monitor
 from prac.cli import main
 from prac.config import PRESETS
@@ -53,7 +54,7 @@ def options(corpus_file):
         config = None if method == "plain" else PRESETS[method].replace(T1=4, T2=4)
         common = {"model": "llama-tiny", "data": str(corpus_file), "tokenizer": "bpe:300", "steps": STEPS}
         common |= {"batch_size": 8, "seq_len": 32, "lr": 1e-3, "warmup": 0.25, "eval_every": 4, "save_every": 6}
-        return Options(method=method, config=config, **(common | changes))
+        return Options(**({"method": method, "config": config} | common | changes))
 
     return make
 
@@ -199,6 +200,11 @@ def test_a_complete_run_is_reused_but_not_for_other_options(runs, options):
     assert train.run(options("paper"), out, resume=True) == row
     with pytest.raises(ValueError, match=r"other options \(lr: 0.001 -> 0.002\)"):
         train.run(options("paper", lr=2e-3), out, resume=True)
+    other = PRESETS["paper"].replace(T1=4, T2=4, linear=prac.Rank(0.2, 0.3))
+    with pytest.raises(ValueError, match=r"other options \(config\.linear\.r1: 0.3 -> 0.2\)"):
+        train.run(options("paper", config=other), out, resume=True)
+    with pytest.raises(ValueError, match=r"other options \(method: paper -> pac\)"):
+        train.run(options("pac"), out, resume=True)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(options, tmp_path):

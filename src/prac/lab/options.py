@@ -93,6 +93,13 @@ class Options:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], ignore: tuple[str, ...] = ()) -> list[str]:
-    """What differs between two ``to_dict()``, as ``name: old -> new``."""
-    names = sorted((old.keys() | new.keys()) - set(ignore))
-    return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
+    """What differs between two ``to_dict()``, as ``name: old -> new``; of one method's configs what differs in them."""
+    found = []
+    for name in sorted((old.keys() | new.keys()) - set(ignore)):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            if old.get("method") == new.get("method"):
+                found += [f"{name}.{inner}" for inner in differences(a, b)]
+        elif a != b:
+            found.append(f"{name}: {a} -> {b}")
+    return found
