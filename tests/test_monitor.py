@@ -323,13 +323,16 @@ def test_the_file_goes_on_where_a_run_is_resumed(tmp_path):
     assert [reading.step for reading in after] == [1, 2, 3, 4, 5]
     assert after[:3] == before[:3]
     assert after[3] != before[3]
+    path.write_text(path.read_text()[:-100])  # killed while it wrote
+    assert monitor.read(path) == after[:4]
 
 
 def test_a_file_that_is_something_else_is_not_overwritten(tmp_path):
     path = tmp_path / "notes.txt"
-    path.write_text("my notes\n")
-    with pytest.raises(ValueError, match="holds no readings"):
-        monitor.read(path)
+    for text in ("my notes", '{"step": 3, "loss": 2.0}\n', "my notes\n"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="holds no readings"):
+            monitor.read(path)
     model = llama()
     with pytest.raises(ValueError, match="holds no readings"):
         prac.Monitor(prac.compress(model, prac.PRESETS["lean"].replace(min_width=8)), path=path)

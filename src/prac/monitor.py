@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prac import files, fused
+from prac import files, fused, saving
 from prac.estimator import Estimator, Kept
 from prac.handle import Handle, squares
 from prac.layers import Compressed
@@ -20,6 +20,8 @@ from prac.memory import track_kept
 from prac.reading import LayerStats, Reading
 from prac.replay import Call
 from prac.subspace import Subspace
+
+_START = '{"step": '  # of a line in a file of readings
 
 
 class Monitor:
@@ -64,6 +66,7 @@ class Monitor:
         self._hooks: list[Any] = []
         self._seen: Call | None = None
         self._step = 0
+        self._written = False  # and whole
         self._warned: set[str] = set()
 
     def begin(self) -> None:
@@ -209,15 +212,21 @@ class Monitor:
             )
 
     def _remember(self, reading: Reading) -> None:
-        if self._resumed:
-            self.history, self._resumed = [old for old in self._resumed if old.step < reading.step], []
+        if not self.history:
+            self.history = [old for old in self._resumed if old.step < reading.step]
         self.history.append(reading)
-        first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        if self.path is not None and first:
-            try:
-                files.write(self.path, "".join(json.dumps(old.to_dict()) + "\n" for old in self.history))
-            except OSError as error:  # no reason to lose the run
-                self._warn(f"{self.path} could not be written: {error}.")
+        if self.path is None or saving.process() != 0:
+            return
+        try:
+            if not self._written:
+                files.write(self.path, "".join(map(_line, self.history)))
+            else:
+                with self.path.open("a") as stream:
+                    stream.write(_line(reading))
+            self._written = True
+        except OSError as error:  # no reason to lose the run
+            self._written = False
+            self._warn(f"{self.path} could not be written: {error}.")
 
     def _warn(self, problem: str) -> None:
         if problem not in self._warned:
@@ -236,14 +245,25 @@ def _look_away(estimator: Estimator, x: Tensor, what: Kept) -> None:
 def read(path: str | Path) -> list[Reading]:
     """The readings in a file that a :class:`Monitor` wrote; none if there is no such file.
 
+    A last line that was cut short is left out.
+
     Raises:
         ValueError: if it is something else.
     """
     path = Path(path)
+    if not path.exists():
+        return []
     try:
-        return [Reading.from_dict(json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+        *lines, rest = path.read_text().split("\n")
+        if rest and not rest.startswith(_START):
+            raise ValueError(rest)
+        return [Reading.from_dict(json.loads(line)) for line in lines]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no readings of a prac.Monitor; move it out of the way.") from error
+
+
+def _line(reading: Reading) -> str:
+    return json.dumps(reading.to_dict()) + "\n"
 
 
 def _square(grad: Tensor | None) -> float:
