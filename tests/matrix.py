@@ -53,6 +53,15 @@ def cells(wrappers: tuple[str, ...]) -> list[Cell]:
     return [Cell(*each) for each in itertools.product(MODELS, DTYPES, LOOPS, wrappers, PRESETS)]
 
 
+def takes_long(cell: Cell) -> bool:
+    """What is left to ``make test-long``: whose graphs take seconds to trace, and what differs least from the rest."""
+    if cell.wrapper == "compile":
+        return cell.loop != "plain loop" or cell.dtype != "fp32"
+    if cell.wrapper in SEVERAL and cell.loop == "Accelerate":
+        return True
+    return cell.dtype == "pure bf16" and cell.loop != "plain loop"
+
+
 def run(cell: Cell) -> str:
     """``passes``, or ``refused: `` and the reason; an AssertionError for anything else."""
     try:
@@ -160,13 +169,16 @@ def table() -> str:
     """The page for the docs: a row for each wrapper and dtype, a column for each model and preset."""
     everything = cells((*HERE, *SEVERAL))
     columns = list(itertools.product(MODELS, PRESETS))
+    long = [cell for cell in everything if takes_long(cell)]
     refused = [cell for cell in everything if expected(cell) != "passes"]
     lines = [
         "# What it works with",
         "",
         f"{len(everything)} combinations of model, dtype, training loop, wrapper and preset, each trained on a small",
         f"model by `tests/matrix.py`: {len(everything) - len(refused)} pass, {len(refused)} are refused with an error",
-        "that says why. This page is generated from what the tests assert (`python tests/test_matrix.py`).",
+        "that says why. This page is generated from what the tests assert (`python tests/test_matrix.py`), of which",
+        f"`make test` runs {len(everything) - len(long)} combinations and `make test-long` the other {len(long)}",
+        "([its last output](../benchmarks/results/test-long.txt)).",
         "",
         "A combination passes if (1) with nothing lost (rank n, or 32 bits) three steps of training change the weights",
         "as training without prac does, to the accuracy of the dtype; (2) with the preset the loss falls; (3) a",

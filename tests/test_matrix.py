@@ -2,45 +2,43 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
 import traceback
 import warnings
 from pathlib import Path
+from typing import Any
 
 import matrix
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from matrix import DTYPES, HERE, cells
+from matrix import HERE, LOOPS, cells, takes_long
 from training import SEVERAL, Cell
 
 TABLE = Path(__file__).parent.parent / "docs" / "compatibility.md"
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def takes_long(cell: Cell) -> bool:
-    """What is left to ``make test-long``: graphs, whose tracing takes seconds a cell, but for one dtype and loop."""
-    if cell.wrapper == "compile":
-        return cell.loop != "plain loop" or cell.dtype != "fp32"
-    return cell.dtype == "pure bf16" and cell.loop != "plain loop"
+def marks(cell: Cell) -> Any:
+    """Whether a test of it is left to ``make test-long``."""
+    return pytest.mark.long if takes_long(cell) else ()
 
 
-@pytest.mark.parametrize(
-    "cell", [pytest.param(c, marks=pytest.mark.long) if takes_long(c) else c for c in cells(HERE)], ids=str
-)
+@pytest.mark.parametrize("cell", [pytest.param(c, marks=marks(c)) for c in cells(HERE)], ids=str)
 def test_cell(cell: Cell) -> None:
     assert matrix.run(cell) == matrix.expected(cell)
 
 
-def _cells(wrapper: str, loop: str, dtypes: tuple[str, ...]) -> list[Cell]:
-    return [cell for cell in cells((wrapper,)) if cell.loop == loop and cell.dtype in dtypes]
+def _cells(wrapper: str, loop: str, long: bool) -> list[Cell]:
+    return [cell for cell in cells((wrapper,)) if cell.loop == loop and takes_long(cell) == long]
 
 
-def _work(rank: int, folder: str, wrapper: str, loop: str, dtypes: tuple[str, ...]) -> None:
+def _work(rank: int, folder: str, wrapper: str, loop: str, long: bool) -> None:
     """One of two processes: all these cells, one after the other."""
-    for cell in _cells(wrapper, loop, dtypes):
+    for cell in _cells(wrapper, loop, long):
         if loop != "Trainer":
             matrix.reference(cell)  # while this is the only process
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -50,7 +48,7 @@ def _work(rank: int, folder: str, wrapper: str, loop: str, dtypes: tuple[str, ..
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     found = {}
-    for cell in _cells(wrapper, loop, dtypes):
+    for cell in _cells(wrapper, loop, long):
         try:
             found[str(cell)] = matrix.run(cell)
         except Exception:
@@ -61,19 +59,16 @@ def _work(rank: int, folder: str, wrapper: str, loop: str, dtypes: tuple[str, ..
 
 
 @pytest.mark.parametrize(
-    ("loop", "dtypes"),
+    ("wrapper", "loop", "long"),
     [
-        ("plain loop", DTYPES),
-        ("Trainer", DTYPES[:2]),
-        pytest.param("Trainer", DTYPES[2:], marks=pytest.mark.long),
-        pytest.param("Accelerate", DTYPES, marks=pytest.mark.long),
+        pytest.param(*each, marks=marks(found[0]), id=f"{each[0]}, {each[1]}, {', '.join({c.dtype: 0 for c in found})}")
+        for each in itertools.product(SEVERAL, LOOPS, (False, True))
+        if (found := _cells(*each))
     ],
-    ids=["plain loop", "Trainer", "Trainer, pure bf16", "Accelerate"],
 )
-@pytest.mark.parametrize("wrapper", SEVERAL)
-def test_two_processes(wrapper: str, loop: str, dtypes: tuple[str, ...], tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_work, (str(tmp_path), wrapper, loop, dtypes), nprocs=2)
-    expected = {str(cell): matrix.expected(cell) for cell in _cells(wrapper, loop, dtypes)}
+def test_two_processes(wrapper: str, loop: str, long: bool, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_work, (str(tmp_path), wrapper, loop, long), nprocs=2)
+    expected = {str(cell): matrix.expected(cell) for cell in _cells(wrapper, loop, long)}
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found == expected, "\n".join(text for text in found.values() if "Traceback" in text)
