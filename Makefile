@@ -17,7 +17,7 @@ test: $(READY)
 
 ## test-long: what takes too long to be run with every change
 test-long: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m long -v -rP --show-capture=stdout
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m long -vv -rP --show-capture=stdout
 
 ## check: format, lint, types
 check: $(READY)
