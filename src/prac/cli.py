@@ -7,13 +7,17 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from prac.lab import bench_command, command, layers_command, memory_command
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, like every other error of ``prac``."""
+    """A parser whose errors are one line, like every other error of ``prac``; subcommands get one too."""
+
+    def __init__(self, **how: Any) -> None:
+        how.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)  # examples keep their lines
+        super().__init__(allow_abbrev=False, **how)
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with code 2."""
@@ -26,7 +30,6 @@ def parser() -> argparse.ArgumentParser:
         prog="prac",
         description="Train transformers with a fraction of the activation memory.",
         epilog="`prac COMMAND --help` shows examples. PRAC_DEBUG=1 shows tracebacks.",
-        allow_abbrev=False,
     )
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     command.add_parser(commands)

@@ -32,6 +32,11 @@ class Form(Protocol):
         ...
 
 
+def process() -> int:
+    """The number of this process among those that train together."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
 class Kept(NamedTuple):
     """A compressed activation.
 
@@ -116,8 +121,7 @@ class Estimator:
 
     def generator(self, count: Any, device: torch.device) -> torch.Generator:
         """A generator for draw number ``count``."""
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        key = f"{self.seed}/{self.name}/{count}/{rank}".encode()
+        key = f"{self.seed}/{self.name}/{count}/{process()}".encode()
         seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
         return torch.Generator(device=device).manual_seed(seed)
 

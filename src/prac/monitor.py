@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prac import files, fused, saving
-from prac.estimator import Estimator, Kept
+from prac import files, fused
+from prac.estimator import Estimator, Kept, process
 from prac.handle import Handle, squares
 from prac.layers import Compressed
 from prac.memory import track_kept
@@ -44,8 +44,9 @@ class Monitor:
     Args:
         handle: of the compressed model, which has to be called as such in training (not only parts of it).
         every: steps between readings. The first step is always measured.
-        parts: the batch is run again in this many parts of its rows. A part is to fit into memory uncompressed. A layer
-            whose loss is a mean over unequal parts is measured with weights that differ slightly from the step's.
+        parts: the batch is run again in this many parts of its rows. A part is to fit into memory uncompressed. Where
+            the loss is a mean and parts have unequal numbers of tokens, they count for slightly more or less than in
+            the step.
         path: a JSON-lines file to keep :attr:`history` in; lines up to the current step that are there already, of a
             run that is resumed, stay. The first process writes it.
 
@@ -149,7 +150,7 @@ class Monitor:
             # Parts have a shape of their own, which is not worth compiling kernels for.
             with call.again(), self.handle.observed(look), fused.run_by(_as_written):
                 for args, kwargs, outer in call.parts(self.parts):
-                    output = self.handle.model(*args, **kwargs)
+                    output = model(*args, **kwargs)
                     if exact is not None:
                         call.backward(output, outer)
                     del output
@@ -215,7 +216,7 @@ class Monitor:
         if not self.history:
             self.history = [old for old in self._resumed if old.step < reading.step]
         self.history.append(reading)
-        if self.path is None or saving.process() != 0:
+        if self.path is None or process() != 0:
             return
         try:
             if not self._written:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from prac.structure import modes_kept
+
 
 class Call:
     """The inputs of a call, and the gradients that its outputs got.
@@ -23,6 +25,7 @@ class Call:
     def __init__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         self.inputs = tree_map(_detached, (args, kwargs))
         self.grads: dict[int, Tensor] = {}
+        self._model = model
         self._modes = [(module, module.training) for module in model.modules()]
         parameters = list(model.parameters())
         self._device = parameters[0].device
@@ -59,15 +62,12 @@ class Call:
     @contextmanager
     def again(self) -> Iterator[None]:
         """Modes and autocast inside the block are those of the call; the random numbers drawn are given back."""
-        modes = [(module, module.training) for module, _ in self._modes]
         devices = [self._device] if self._device.type == "cuda" else []
         autocast = torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None)
-        with torch.random.fork_rng(devices), torch.enable_grad(), autocast:
-            _set_modes(self._modes)
-            try:
-                yield
-            finally:
-                _set_modes(modes)
+        with modes_kept(self._model), torch.random.fork_rng(devices), torch.enable_grad(), autocast:
+            for module, training in self._modes:
+                module.training = training
+            yield
 
     def parts(self, count: int) -> list[tuple[Any, Any, dict[int, Tensor]]]:
         """Args, kwargs and outputs' gradients of ``count`` parts of the rows: of fewer, where there are not as many."""
@@ -105,11 +105,6 @@ def _rows(rows: int, start: int, end: int) -> Any:
         return leaf[start:end] if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == rows else leaf
 
     return cut
-
-
-def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    for module, training in modes:
-        module.training = training
 
 
 def _detached(leaf: Any) -> Any:

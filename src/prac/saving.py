@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from prac import files
+from prac.estimator import process
 
 
 def save(state: dict[str, Any], folder: Path) -> None:
@@ -46,11 +47,6 @@ def renewed(state: dict[str, Any]) -> dict[str, Any]:
     """
     fresh = {"p": None, "q1_step": -1, "q2_step": -1}
     return state | {"subspaces": {name: subspace | fresh for name, subspace in state["subspaces"].items()}}
-
-
-def process() -> int:
-    """The number of this process among those that train together."""
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def _name(number: int) -> str:

@@ -213,12 +213,19 @@ def running(model: nn.Module) -> Iterator[list[str]]:
 @contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     """The model in training or eval mode, each module's own mode put back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.train(training)
+    with modes_kept(model):
+        model.train(training)
+        yield
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Puts each module's own mode back, whatever the block changes."""
+    modes = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
-        for module, mode in modes.items():
+        for module, mode in modes:
             module.training = mode
 
 

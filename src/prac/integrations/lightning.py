@@ -11,6 +11,7 @@ except ModuleNotFoundError:
     from pytorch_lightning import Callback
 
 from prac import saving
+from prac.estimator import process
 from prac.monitor import Monitor
 
 if TYPE_CHECKING:
@@ -58,5 +59,5 @@ class PracCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it up."""
-        state = state_dict if saving.process() == 0 else saving.renewed(state_dict)
+        state = state_dict if process() == 0 else saving.renewed(state_dict)
         self.monitor.handle.load_state_dict(state)

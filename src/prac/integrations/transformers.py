@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from prac.reading import Reading
 
 
+def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the ``Trainer`` writes the checkpoint of this step."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
 class PracCallback(TrainerCallback):
     """Reports what compression keeps and loses to whatever the ``Trainer`` reports to, and saves its state.
 
@@ -49,7 +54,7 @@ class PracCallback(TrainerCallback):
         handle = self.monitor.handle
         if state.global_step in (0, handle.step):
             return
-        folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
+        folders = [checkpoint_folder(args, state)]
         if isinstance(args.resume_from_checkpoint, str):
             folders.insert(0, Path(args.resume_from_checkpoint))
         for folder in folders:
@@ -73,7 +78,7 @@ class PracCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Add the state to the checkpoint."""
-        self.monitor.handle.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self.monitor.handle.save(checkpoint_folder(args, state))
 
     def _report(self, reading: Reading) -> None:
         trainer, totals = self.trainer, reading.totals()

@@ -39,8 +39,6 @@ def add_parser(commands: Any) -> None:
         help="one transformer block: bytes kept, time and gradient error of each method",
         description="Measure what each method keeps, costs and loses on one transformer block, beside plain training.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     what = parser.add_argument_group("the block")
     what.add_argument("--block", default="llama", metavar="NAME", help=f"{', '.join(blocks.FAMILIES)} (default: llama)")

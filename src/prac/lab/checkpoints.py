@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from prac import files
+from prac.integrations.transformers import checkpoint_folder
 from prac.lab import results
 
 if TYPE_CHECKING:
@@ -35,11 +36,6 @@ def newest(out: Path) -> Path | None:
 def step(checkpoint: Path) -> int:
     """The optimizer step after which it was written."""
     return int(checkpoint.name.rpartition("-")[2])
-
-
-def folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """Where the ``Trainer`` writes the checkpoint of this step."""
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
 def _sealed(out: Path) -> list[Path]:
@@ -98,7 +94,7 @@ class Seal(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Every process writes its state; when all have, the first one seals."""
-        checkpoint = folder(args, state)
+        checkpoint = checkpoint_folder(args, state)
         if not checkpoint.exists():
             return  # it could not be written
         try:

@@ -46,8 +46,6 @@ def add_parser(commands: Any) -> None:
         help="pre-train or fine-tune a model with and without compression",
         description="Pre-train or fine-tune a causal language model, with and without compressed activations.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     _add_what(parser)
     _add_how(parser)

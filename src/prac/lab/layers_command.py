@@ -25,8 +25,6 @@ def add_parser(commands: Any) -> None:
         help="which layers of a run lose most",
         description="Show what each layer of a run kept and lost: a table, those that lose most first, and a plot.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("of", type=Path, metavar="PATH", help="a run folder, or a file of readings (JSON lines)")
     parser.add_argument("--step", type=int, metavar="N", help="the reading to show (default: the last)")

@@ -34,8 +34,6 @@ def add_parser(commands: Any) -> None:
         help="peak memory of a model, batch and method, before training",
         description="Predict the peak memory of a training step, by method, without allocating it and without a GPU.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     what = parser.add_argument_group("what is trained")
     what.add_argument("--model", default="llama-130m", metavar="NAME",

@@ -8,6 +8,7 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from safetensors import SafetensorError
 from transformers import Trainer
 
+from prac.integrations.transformers import checkpoint_folder
 from prac.lab import checkpoints
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class LastingTrainer(Trainer):
             self.is_fsdp_enabled = True
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        checkpoint = checkpoints.folder(self.args, self.state)
+        checkpoint = checkpoint_folder(self.args, self.state)
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, SafetensorError) as error:
