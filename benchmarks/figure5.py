@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from prac import files
-from prac.config import PRESETS, Rank
+from prac.config import Rank
 from prac.lab import compare, plots, report, results
+from prac.presets import PRESETS
 
 HERE = Path(__file__).parent / "results"
 KINDS = ("linear", "norm", "activation")

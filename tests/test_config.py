@@ -7,7 +7,7 @@ import json
 import pytest
 
 from prac import PRESETS, Config, Rank
-from prac.config import as_config
+from prac.presets import as_config
 
 
 @pytest.mark.parametrize(

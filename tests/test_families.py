@@ -231,7 +231,7 @@ def test_nothing_is_kept_outside_training(family: str) -> None:
     with torch.no_grad(), track_kept(model.train()) as nothing:
         model(**batch_of(family))
     assert nothing.total == 0
-    assert all(s.p_NR is None for s in handle._subspaces())
+    assert all(s.p_NR is None for s in handle.subspaces())
 
 
 @every_family

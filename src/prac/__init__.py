@@ -6,12 +6,16 @@ handle = prac.compress(model)  # in place; any optimizer, any trainer, same stat
 print(handle.summary())
 """
 
-from prac.config import PRESETS, Bits, Config, Rank
+from prac import optim
+from prac.config import Bits, Config, Factors, Rank
 from prac.convert import compress
+from prac.factored import FactoredGradient
 from prac.handle import Handle
 from prac.loss import ChunkedLoss
 from prac.memory import Breakdown, fit, measure, predict
 from prac.monitor import Monitor
+from prac.oneshot import calibrate
+from prac.presets import PRESETS
 
 __all__ = [
     "PRESETS",
@@ -19,12 +23,16 @@ __all__ = [
     "Breakdown",
     "ChunkedLoss",
     "Config",
+    "FactoredGradient",
+    "Factors",
     "Handle",
     "Monitor",
     "Rank",
+    "calibrate",
     "compress",
     "fit",
     "measure",
+    "optim",
     "predict",
 ]
 __version__ = "0.1.0"

@@ -54,8 +54,10 @@ def principal_basis(
     return q_NR
 
 
-def random_complement(q1_NR: Tensor, r2: int, *, generator: torch.Generator | None = None) -> Tensor:
-    """Orthonormal basis (n × r2) of (I − Q1 Q1ᵀ) S with S i.i.d. Gaussian: equation (5).
+def random_complement(
+    q1_NR: Tensor, r2: int, *, generator: torch.Generator | None = None, orthonormal: bool = True
+) -> Tensor:
+    """Orthonormal basis (n × r2) of (I − Q1 Q1ᵀ) S with S i.i.d. Gaussian: equation (5); or that matrix itself.
 
     The projection is applied twice: once leaves a component along Q1 of the size of the
     rounding error over the distance of S to the complement ("twice is enough").
@@ -64,7 +66,7 @@ def random_complement(q1_NR: Tensor, r2: int, *, generator: torch.Generator | No
     s_NR = _gaussian(n, r2, q1_NR, generator)
     for _ in range(2):
         s_NR = s_NR - q1_NR @ (q1_NR.mT @ s_NR)
-    return torch.linalg.qr(s_NR).Q
+    return torch.linalg.qr(s_NR).Q if orthonormal else s_NR
 
 
 def _gaussian(n: int, r: int, like: Tensor, generator: torch.Generator | None) -> Tensor:

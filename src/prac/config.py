@@ -50,6 +50,8 @@ class Rank:
         k: scale of the random part, in units of the unbiased ``k0 = (n - r1) / r2``.
             Anything but 1.0 biases the estimate; it is here for the ablation of Figure 7.
         bits: how Z is kept; None in the activation's own dtype, as the paper has it.
+        orthonormal: False leaves the random directions as they are drawn, Gaussian of variance 1/r2 (outside the
+            principal ones): also unbiased, noisier, and what CompAct and RSO do.
 
     >>> Rank(0.3, 0.3).resolve(768)
     (230, 230)
@@ -59,6 +61,7 @@ class Rank:
     r2: float | int = 0.3
     k: float = 1.0
     bits: Bits | None = None
+    orthonormal: bool = True
 
     def __post_init__(self) -> None:
         for name in ("r1", "r2"):
@@ -104,15 +107,45 @@ def _count(value: float | int, width: int) -> int:
     return value if isinstance(value, int) else math.floor(value * width + 1e-9)
 
 
+@dataclass(frozen=True)
+class Factors:
+    """Keep two factors of a low-rank approximation that is made anew in every forward pass, as LoRAct does.
+
+    See :mod:`prac.decomposed`. No basis is carried from step to step, and nothing has to be refreshed; the price is a
+    decomposition each time, and a bias: what is outside the rank is gone.
+
+    Args:
+        rank: a float is a fraction of the width (the compression ratio r), an int a number of directions.
+        iterations: power iterations t; each sharpens the approximation for two more passes over the tensor.
+        sketch: ``"sampled"`` starts from some of the tensor's own columns (LoRAct), ``"gaussian"`` from random
+            combinations of its rows (RSVD).
+    """
+
+    rank: float | int = 0.125
+    iterations: int = 0
+    sketch: Literal["sampled", "gaussian"] = "sampled"
+
+    def __post_init__(self) -> None:
+        Rank(self.rank, 0)  # raises what there is to say of the rank
+        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 0:
+            raise ValueError(f"iterations must be a whole number of at least 0, got {self.iterations!r}.")
+        if self.sketch not in ("sampled", "gaussian"):
+            raise ValueError(f'sketch must be "sampled" or "gaussian", got {self.sketch!r}.')
+
+    def resolve(self, width: int, where: str = "") -> int:
+        """The number of directions for a width of ``width`` features; errors as of :meth:`Rank.resolve`."""
+        return Rank(self.rank, 0).resolve(width, where)[0]
+
+
 # How one tensor is kept.
-Keep = Rank | Bits
+Keep = Rank | Bits | Factors
 
 
 @dataclass(frozen=True)
 class Config:
     """Which tensors are kept how, and how often subspaces are refreshed.
 
-    Each of the first four is a :class:`Rank`, a :class:`Bits`, or None to leave that kind alone.
+    Each of the first four is a :class:`Rank`, a :class:`Bits`, a :class:`Factors`, or None to leave that kind alone.
 
     Args:
         linear: inputs of linear layers that nothing else keeps already.
@@ -124,13 +157,16 @@ class Config:
             linear layers that alone read its output (q, k, v; gate, up) keep its x̂, once for all.
         attention_bits: keep q, k, v and the output of attention in so many bits; None leaves them
             to attention, in full. For models of transformers that run "sdpa".
-        T1: optimizer steps between refreshes of the principal basis Q1.
-        T2: optimizer steps between refreshes of the random basis Q2. Q2 is also redrawn
+        T1: optimizer steps between refreshes of the principal basis Q1; None keeps the first one for good, which is
+            best made of several batches (:meth:`prac.Handle.calibrate`).
+        T2: optimizer steps between refreshes of the random basis Q2, or None. Q2 is also redrawn
             whenever Q1 changes, or it would no longer be orthogonal to it.
         growth: if above 0, no interval is longer than this share of the steps taken before it:
             0.1 refreshes at steps 0 to 11, then 12, 13, 14, …, 30, 33, 36, …, until T1 and T2
             are reached. Early in training activations turn quickly, and a stale basis for a
             norm does harm (see ``docs/algorithm.md``). The paper has 0: fixed intervals.
+        factored: leave the weight gradients of linear layers that keep a rank or factors in two factors, through
+            accumulation and clipping into the optimizer (:class:`prac.FactoredGradient`). Not together with ``group``.
         seed: seed of the random bases and of the rounding. Each layer draws from its own
             generator, so the user's random state is never touched.
         min_width: layers with narrower inputs are left alone: there P would cost more
@@ -142,21 +178,29 @@ class Config:
     activation: Keep | None = Rank(0.2, 0.2)
     group: Keep | None = None
     attention_bits: int | None = None
-    T1: int = 500
-    T2: int = 500
+    T1: int | None = 500
+    T2: int | None = 500
     growth: float = 0.0
+    factored: bool = False
     seed: int = 0
     min_width: int = 32
 
     def __post_init__(self) -> None:
         for name in ("T1", "T2", "min_width"):
             value = getattr(self, name)
+            if value is None and name != "min_width":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
         if not (math.isfinite(self.growth) and self.growth >= 0):
             raise ValueError(f"growth must be finite and not negative (0 for fixed intervals), got {self.growth!r}.")
         if self.attention_bits not in (None, 4, 8):
             raise ValueError(f"attention_bits must be 4, 8 or None, got {self.attention_bits!r}.")
+        if self.factored and (self.group is not None or not isinstance(self.linear, Rank | Factors)):
+            raise ValueError(
+                "factored gradients come of linear layers that keep their own input at a rank: set linear to a Rank or "
+                f"Factors and group to None, got linear = {self.linear} and group = {self.group}."
+            )
 
     def keep(self, kind: Kind) -> Keep | None:
         """How one kind of layer keeps its input, or None where that kind is left alone."""
@@ -180,43 +224,8 @@ class Config:
 
 
 def _keep(value: Any) -> Any:
-    """A Rank or Bits from the plain data of one; anything else as it is."""
+    """A Rank, Bits or Factors from the plain data of one; anything else as it is."""
     if not isinstance(value, dict):
         return value
     inner = {name: _keep(v) for name, v in value.items()}
-    return Rank(**inner) if "r1" in inner else Bits(**inner)
-
-
-PRESETS: dict[str, Config] = {
-    # No loss that we could measure (README), at plain training's speed. 4 bits for what enters weight gradients, where
-    # rounding is unbiased and averages out; 8 for what a nonlinearity follows.
-    "lean": Config(linear=Bits(8), norm=Bits(8), activation=Bits(8), group=Bits(4)),
-    # The fewest operations: thin products for the weights of every norm group, at the price of noisy gradients. Its
-    # intervals grow from the first step on: with a stale basis at so low a rank, early training stands still.
-    "fast": Config(linear=Bits(8), norm=Bits(8), activation=Bits(8), group=Rank(0.1, 0.1, bits=Bits(8)), growth=0.1),
-    # The fewest bytes that still train like plain: everything in 4 bits, attention too.
-    "small": Config(linear=Bits(4), norm=Bits(4), activation=Bits(4), group=Bits(4), attention_bits=4),
-    # Section 5.1: r1 = r2 = 0.3n for linear layers, 0.2n for norms and activations.
-    "paper": Config(),
-    # The two limits of Table 1 and Figure 5, at the same total rank as "paper".
-    "pac": Config(linear=Rank(0.6, 0.0), norm=Rank(0.4, 0.0), activation=Rank(0.4, 0.0)),
-    "rac": Config(linear=Rank(0.0, 0.6), norm=Rank(0.0, 0.4), activation=Rank(0.0, 0.4)),
-    # Table 8: r1 = r2 = 2 (Section 6.2), interval 200. The paper does not say which
-    # layers; its 38% less activation memory (Table 5) is what the linear inputs alone
-    # give (7 of RoBERTa's 18 units), and at rank 2 + 2 the tail of a norm or a GELU would
-    # be scaled by k = 383 before a nonlinearity.
-    "finetune": Config(linear=Rank(2, 2), norm=None, activation=None, T1=200, T2=200),
-}
-
-
-def as_config(config: Config | str) -> Config:
-    """A preset by name, or the config itself.
-
-    Raises:
-        ValueError: for an unknown preset; the message lists the known ones.
-    """
-    if isinstance(config, Config):
-        return config
-    if config not in PRESETS:
-        raise ValueError(f"unknown preset {config!r}; choose one of {', '.join(PRESETS)}, or pass a prac.Config.")
-    return PRESETS[config]
+    return Rank(**inner) if "r1" in inner else Factors(**inner) if "rank" in inner else Bits(**inner)

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from prac.clock import Clock
-from prac.config import Config, as_config
+from prac.config import Config
 from prac.estimator import Estimator
 from prac.handle import Handle
 from prac.layers import Compressed, Match, attention, overrides_forward, recognise, swap
 from prac.loss import ChunkedLoss
 from prac.plan import Plan
+from prac.presets import as_config
 from prac.structure import Example, Structure, example_for, probe
 from prac.tangible import hollow
 

@@ -21,7 +21,7 @@ from prac.plan import Source
 from prac.stored import Stored
 from prac.structure import Example, call, in_mode
 from prac.subspace import Subspace
-from prac.summary import Row, table
+from prac.summary import Row, is_leaf, table, why_left
 
 
 class Handle:
@@ -66,9 +66,9 @@ class Handle:
         for name, module in self.model.named_modules():
             if isinstance(module, Compressed):
                 rows.append(self._compressed_row(name, module, described))
-            elif self._notes.get(name) or _is_leaf(module):
+            elif self._notes.get(name) or is_leaf(module):
                 rows.append(
-                    Row(name, type(module).__name__, "-", "", None, None, self._notes.get(name) or _why(module))
+                    Row(name, type(module).__name__, "-", "", None, None, self._notes.get(name) or why_left(module))
                 )
         return rows
 
@@ -154,7 +154,7 @@ class Handle:
         Raises:
             RuntimeError: before the first training step, when there is no subspace yet.
         """
-        subspaces = list(self._subspaces())
+        subspaces = list(self.subspaces())
         if subspaces and all(s.p_NR is None for s in subspaces):
             raise RuntimeError("no subspace yet: run at least one training step first.")
         ready = [e for e in self._estimators() if not isinstance(e, Subspace) or e.p_NR is not None]
@@ -211,7 +211,7 @@ class Handle:
         return {
             "step": self.step,
             "shared": {n: {t: e.name for t, e in layer.estimators.items()} for n, layer in layers.items()},
-            "subspaces": {s.name: s.state_dict() for s in self._subspaces()},
+            "subspaces": {s.name: s.state_dict() for s in self.subspaces()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -229,7 +229,7 @@ class Handle:
             raise ValueError(f"the saved state has subspaces that this model lacks: {', '.join(missing[:5])}.")
         for name, layer in layers.items():
             layer.estimators = {tensor: by_name[leader] for tensor, leader in state["shared"][name].items()}
-        for subspace in self._subspaces():
+        for subspace in self.subspaces():
             subspace.load_state_dict(state["subspaces"][subspace.name])
         self._clock.step = state["step"]
 
@@ -262,7 +262,8 @@ class Handle:
     def _estimators(self) -> Iterator[Estimator]:
         yield from dict.fromkeys(e for layer in self._layers().values() for e in layer.estimators.values())
 
-    def _subspaces(self) -> Iterator[Subspace]:
+    def subspaces(self) -> Iterator[Subspace]:
+        """Every subspace, once."""
         yield from (e for e in self._estimators() if isinstance(e, Subspace))
 
 
@@ -277,20 +278,3 @@ def _short(name: str, neighbour: str) -> str:
     ours, theirs = name.split("."), neighbour.split(".")
     same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
     return ".".join(ours[same:])
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    empty = isinstance(module, nn.Identity | nn.ModuleDict | nn.ModuleList | nn.ParameterDict | nn.Sequential)
-    return (not any(module.children()) and not empty) or any(True for _ in module.parameters(recurse=False))
-
-
-def _why(module: nn.Module) -> str:
-    if isinstance(module, nn.Embedding):
-        return "embedding: keeps token ids only"
-    if isinstance(module, nn.Dropout | nn.modules.dropout._DropoutNd):
-        return "dropout: keeps a mask, where p > 0"
-    if isinstance(module, nn.MultiheadAttention):
-        return "its input projection runs inside a function, out of reach; its input stays in full"
-    if not any(True for _ in module.parameters(recurse=False)):
-        return "no parameters; not a GELU or SiLU"
-    return "not a kind that prac compresses; what it keeps stays in full"

@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from prac.clock import Clock
-from prac.config import Bits, Config, Keep, Rank
+from prac.config import Bits, Config, Factors, Keep, Rank
+from prac.decomposed import Decomposed
 from prac.estimator import Estimator
 from prac.layers import MLP, ElementWise, Match, SharedNorm
 from prac.stored import Stored
@@ -149,6 +150,7 @@ class Plan:
         if isinstance(keep, Bits):
             return Stored(keep, clock, unbiased=linear, name=name, seed=config.seed, width=width)
         assert keep is not None
-        return Subspace(
-            keep, clock, width=width, T1=config.T1, T2=config.T2, growth=config.growth, name=name, seed=config.seed
-        )
+        own: dict[str, Any] = {"width": width, "name": name, "seed": config.seed, "factored": config.factored}
+        if isinstance(keep, Factors):
+            return Decomposed(keep, clock, **own)
+        return Subspace(keep, clock, T1=config.T1, T2=config.T2, growth=config.growth, **own)

@@ -5,7 +5,11 @@ The projection of equation (6) is kept as one matrix
     P = [Q1, √k · Q2]   (n × r),      Z = X P   (M × r),      X̃ = Z Pᵀ   (M × n)
 
 so that E[X̃] = X over the draw of Q2 (Theorem 6) and E‖X̃ − X‖² = (k − 1) ‖X − X Q1 Q1ᵀ‖²
-(Theorem 7). r2 = 0 gives PAC, r1 = 0 gives RAC.
+(Theorem 7). r2 = 0 gives PAC, r1 = 0 gives RAC. With Gaussian in place of orthonormal random directions,
+
+    P = [Q1, √k · (I − Q1 Q1ᵀ) S],   S_ij ~ N(0, 1),   k = 1 / r2,
+
+the mean is the same, and E‖X̃ − X‖² = (n − r1 + 1)/r2 · ‖X − X Q1 Q1ᵀ‖², as (n − r1)/r2 − 1 is with orthonormal ones.
 
 P is kept in the activation's dtype. Rounded to bfloat16 its columns are orthonormal to about
 0.4%, and what is said of X̃ holds to that accuracy.
@@ -25,6 +29,7 @@ from prac.bases import gram_matrix, principal_basis, random_complement
 from prac.clock import Clock
 from prac.config import Rank
 from prac.estimator import Estimator, Kept, Tensors
+from prac.factored import FactoredGradient
 from prac.storage import bytes_per_token
 from prac.stored import Rounded, Stored
 from prac.tangible import is_hollow
@@ -35,15 +40,19 @@ class Projected(NamedTuple):
 
     p_NR: Tensor
     z: Rounded
+    factored: bool = False
 
     def reconstruct(self, tensors: Tensors) -> Tensor:
         """The estimate X̃ = Z Pᵀ, (M, n): equation (7)."""
         return self.z.reconstruct(tensors) @ self.p_NR.mT
 
     def weight_grad(self, dy_MO: Tensor, tensors: Tensors) -> Tensor:
-        """The estimate dW = dYᵀ X̃ = (dYᵀ Z) Pᵀ, (O, n): two thin products, X̃ is never built."""
+        """The estimate dW = dYᵀ X̃ = (dYᵀ Z) Pᵀ, (O, n): two thin products, or the first of them; X̃ is never built."""
         p_NR = self.p_NR.to(dy_MO.dtype)
-        return self.z.weight_grad(dy_MO, tensors) @ p_NR.mT
+        coefficients_OR = self.z.weight_grad(dy_MO, tensors)
+        if self.factored:
+            return FactoredGradient(coefficients_OR, p_NR, subspace=self.p_NR)
+        return coefficients_OR @ p_NR.mT
 
 
 class Subspace(Estimator):
@@ -58,7 +67,9 @@ class Subspace(Estimator):
         T2: optimizer steps between updates of Q2. Where they differ, Q2 is redrawn also at
             every update of Q1: Algorithm 1 as printed would keep a Q2 that is no longer
             orthogonal to the new Q1, and the estimate would be biased.
+            None for either keeps the basis.
         growth: if above 0, no interval is longer than this share of the steps before it.
+        factored: leave weight gradients in factors.
         name, seed: as for :class:`prac.estimator.Estimator`; each draw of Q2 has its own seed.
 
     Raises:
@@ -71,16 +82,17 @@ class Subspace(Estimator):
         clock: Clock,
         *,
         width: int | None = None,
-        T1: int = 500,
-        T2: int = 500,
+        T1: int | None = 500,
+        T2: int | None = 500,
         growth: float = 0.0,
+        factored: bool = False,
         name: str = "",
         seed: int = 0,
     ) -> None:
-        if T1 < 1 or T2 < 1:
+        if any(interval is not None and interval < 1 for interval in (T1, T2)):
             raise ValueError(f"{name}: refresh intervals must be at least 1, got T1 = {T1}, T2 = {T2}.")
         super().__init__(clock, name=name, seed=seed)
-        self.rank, self.T1, self.T2, self.growth = rank, T1, T2, growth
+        self.rank, self.T1, self.T2, self.growth, self.factored = rank, T1, T2, growth, factored
         self.storage = Stored(rank.bits, clock, unbiased=True, name=f"{name}/Z", seed=seed)
         self.p_NR: Tensor | None = None
         self.refreshes = 0
@@ -96,7 +108,8 @@ class Subspace(Estimator):
             raise ValueError(f"{self.name}: made for a width of {self.width}, called with {width}; exclude this layer.")
         if self.width is None:
             self.r1, self.r2 = self.rank.resolve(width, self.name)
-            self.k = self.rank.k * (width - self.r1) / self.r2 if self.r2 else 1.0
+            directions = width - self.r1 if self.rank.orthonormal else 1
+            self.k = self.rank.k * directions / self.r2 if self.r2 else 1.0
             self.width = width
 
     # --- Algorithm 1 -------------------------------------------------------------
@@ -124,14 +137,34 @@ class Subspace(Estimator):
             q1_NR = self._principal(x_MN, generator) if due_q1 else self._q1(x_MN)
             if q1_NR is None:
                 return
-            q2_NR = random_complement(q1_NR, self.r2, generator=generator)
-            # A new tensor each time: a backward still under way keeps the P of its forward.
-            self.p_NR = torch.cat([q1_NR, math.sqrt(self.k) * q2_NR], dim=1)
+            self._renew(q1_NR, generator)
         self._q1_step, self._q2_step = (t if due_q1 else self._q1_step), t
+
+    def _renew(self, q1_NR: Tensor, generator: torch.Generator) -> None:
+        q2_NR = random_complement(q1_NR, self.r2, generator=generator, orthonormal=self.rank.orthonormal)
+        # A new tensor each time: a backward still under way keeps the P of its forward.
+        self.p_NR = torch.cat([q1_NR, math.sqrt(self.k) * q2_NR], dim=1)
         self.refreshes += 1
 
-    def _next(self, last: int, interval: int) -> int:
+    @torch.no_grad()
+    def settle(self, gram_NN: Tensor) -> None:
+        """Take the principal basis from a Gram matrix XᵀX (n × n), such as that of several batches, and a new Q2.
+
+        Raises:
+            ValueError: if it holds NaN or Inf.
+        """
+        if not torch.isfinite(gram_NN).all():
+            raise ValueError(f"{self.name}: the calibration batches give NaN or Inf here; check the data.")
+        self._fit(gram_NN.shape[0])
+        generator = self.generator(self.refreshes, gram_NN.device)
+        self._renew(principal_basis(gram_NN, self.r1, generator=generator), generator)
+        self._q1_step = self._q2_step = self.clock.step
+        self._last = None
+
+    def _next(self, last: int, interval: int | None) -> float:
         """The step at which a basis updated at step ``last`` is due again."""
+        if interval is None:
+            return math.inf
         regular = (last // interval + 1) * interval
         return min(regular, last + max(1, int(self.growth * last))) if self.growth else regular
 
@@ -182,7 +215,7 @@ class Subspace(Estimator):
             self.p_NR = self.p_NR.to(device=x_MN.device, dtype=dtype)
         tensors, z = self.storage.compress(x_MN.to(dtype) @ self.p_NR, dtype)
         assert isinstance(z, Rounded)
-        return Kept(tensors, Projected(self.p_NR, z))
+        return Kept(tensors, Projected(self.p_NR, z, self.factored))
 
     def label(self) -> str:
         """``r1+r2 of n``, and the bits of Z."""

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 
 @dataclass(frozen=True)
 class Row:
@@ -83,3 +85,22 @@ def _pattern(names: Sequence[str]) -> str:
     ranges = [min(c, key=int) if len(set(c)) == 1 else f"[{min(c, key=int)}-{max(c, key=int)}]" for c in columns]
     pieces = _NUMBERS.split(names[0])
     return "".join(piece + number for piece, number in zip(pieces, [*ranges, ""], strict=True))
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module does work of its own."""
+    empty = isinstance(module, nn.Identity | nn.ModuleDict | nn.ModuleList | nn.ParameterDict | nn.Sequential)
+    return (not any(module.children()) and not empty) or any(True for _ in module.parameters(recurse=False))
+
+
+def why_left(module: nn.Module) -> str:
+    """Why a module that is not known stays as it is."""
+    if isinstance(module, nn.Embedding):
+        return "embedding: keeps token ids only"
+    if isinstance(module, nn.Dropout | nn.modules.dropout._DropoutNd):
+        return "dropout: keeps a mask, where p > 0"
+    if isinstance(module, nn.MultiheadAttention):
+        return "its input projection runs inside a function, out of reach; its input stays in full"
+    if not any(True for _ in module.parameters(recurse=False)):
+        return "no parameters; not a GELU or SiLU"
+    return "not a kind that prac compresses; what it keeps stays in full"

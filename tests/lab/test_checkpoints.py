@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from prac import saving
-from prac.config import PRESETS
 from prac.lab import checkpoints, results, train
 from prac.lab.options import Options
+from prac.presets import PRESETS
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from prac.cli import main
-from prac.config import PRESETS, Rank
+from prac.config import Rank
 from prac.lab import command, models, results
+from prac.presets import PRESETS
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prac.config import PRESETS
 from prac.lab import checkpoints, results, train
 from prac.lab.options import Options
+from prac.presets import PRESETS
 
 STEPS = 30
 

@@ -12,9 +12,9 @@ from transformers import TrainerCallback
 import prac
 from prac import monitor
 from prac.cli import main
-from prac.config import PRESETS
 from prac.lab import models, report, results, train
 from prac.lab.options import Options
+from prac.presets import PRESETS
 
 STEPS = 12
 

@@ -118,7 +118,7 @@ def measure(
             subject.seconds.append(_seconds(subject.block, x, dy))
     for turn in range(REFRESHES):
         for subject in subjects:
-            if subject.handle is not None:
+            if subject.handle is not None and subject.handle.config.T1 is not None:
                 notify(f"refresh {turn + 1} of {REFRESHES}: {subject.name}")
                 subject.refreshing.append(_refreshing_seconds(subject.handle, subject.block, x, dy))
     unit = x.numel() * x.element_size()
@@ -166,6 +166,7 @@ def _seconds(block: Block, x: Tensor, dy: Tensor) -> float:
 
 def _refreshing_seconds(handle: Handle, block: Block, x: Tensor, dy: Tensor) -> float:
     """The time of a step T1 optimizer steps later, when every subspace is due."""
+    assert handle.config.T1 is not None
     later = handle.step + handle.config.T1
     while handle.step < later:
         handle.tick()
@@ -192,6 +193,7 @@ def _row(subject: _Subject, plain: _Subject, unit: int) -> Row:
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     step = statistics.median(subject.seconds)
     refresh = max(0.0, statistics.median(subject.refreshing) - step) if subject.refreshing else None
+    interval = subject.handle.config.T1 if subject.handle else None
     return Row(
         method=subject.name,
         kept_units=subject.kept / unit,
@@ -204,6 +206,6 @@ def _row(subject: _Subject, plain: _Subject, unit: int) -> Row:
         time_ratio=statistics.median(ratios),
         time_spread=(low, high),
         refresh_ms=None if refresh is None else 1e3 * refresh,
-        refresh_share=None if refresh is None or not subject.handle else refresh / (subject.handle.config.T1 * step),
+        refresh_share=None if refresh is None or interval is None else refresh / (interval * step),
         **subject.errors,
     )

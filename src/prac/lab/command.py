@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prac.config import PRESETS, Bits, Config, Keep, Rank
+from prac.config import Bits, Config, Keep, Rank
 from prac.lab import models
 from prac.lab.options import Options
+from prac.presets import PRESETS
 
 METHODS = ("plain", *PRESETS)
 KEPT = {

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prac.config import PRESETS, Config
+from prac.config import Config
 from prac.lab import models
 from prac.lab.peers import checkpoint_blocks
 from prac.memory import Breakdown, predict
 from prac.memory.predict import OptimizerFactory, adamw
+from prac.presets import PRESETS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from prac.config import PRESETS, Config
+from prac.config import Config
 from prac.convert import compress
 from prac.handle import Handle
 from prac.lab.blocks import Block
+from prac.presets import PRESETS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from prac.config import PRESETS
+from prac.presets import PRESETS
 from prac.reading import Reading
 
 # Okabe and Ito's palette, told apart with any colour vision; grey for the baseline.

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from prac.config import PRESETS, Config
+from prac.config import Config
 from prac.convert import compress
 from prac.loss import ChunkedLoss
 from prac.memory.breakdown import Breakdown, size
 from prac.memory.measure import measure
 from prac.memory.predict import OptimizerFactory, adamw, predict
+from prac.presets import PRESETS
 from prac.structure import Example, in_mode
 
 
