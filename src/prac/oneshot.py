@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from prac.bases import gram_matrix
-from prac.estimator import Estimator, Kept
+from prac.estimator import Kept
 from prac.handle import Handle
+from prac.stored import Rounded
 from prac.structure import Example, call, in_mode
 from prac.subspace import Subspace
 
@@ -31,18 +33,20 @@ def calibrate(handle: Handle, batches: Iterable[Example]) -> None:
         raise ValueError("nothing to calibrate: this config keeps no tensor in a subspace.")
     grams: dict[Subspace, Tensor] = {}
 
-    def look(estimator: Estimator, x: Tensor, kept: Kept) -> None:
-        # Readers that share a tensor each show it: it then counts as often in every batch, which turns no direction.
-        if isinstance(estimator, Subspace):
-            gram_NN = gram_matrix(x.detach().reshape(-1, x.shape[-1]))
-            grams[estimator] = grams[estimator] + gram_NN if estimator in grams else gram_NN
+    def collect(subspace: Subspace, x_MN: Tensor, dtype: torch.dtype) -> Kept:
+        gram_NN = gram_matrix(x_MN)
+        grams[subspace] = grams[subspace] + gram_NN if subspace in grams else gram_NN
+        return Kept((x_MN.to(dtype),), Rounded(None, x_MN.shape[1], dtype))  # there is no backward to use it
 
-    with in_mode(handle.model, training=True), torch.enable_grad(), torch.random.fork_rng():
-        for batch in batches:
-            if any(s.p_NR is None for s in subspaces):
-                call(handle.model, batch)  # the first bases, to be replaced
-            with handle.observed(look):
+    try:
+        for subspace in subspaces:
+            subspace.compress = functools.partial(collect, subspace)  # type: ignore[method-assign]
+        with in_mode(handle.model, training=True), torch.enable_grad(), torch.random.fork_rng():
+            for batch in batches:
                 call(handle.model, batch)
+    finally:
+        for subspace in subspaces:
+            del subspace.compress
     if not grams:
         raise ValueError("no batches to calibrate with.")
     for subspace, gram_NN in grams.items():

@@ -19,6 +19,7 @@ from prac.config import Config
 from prac.handle import Handle
 from prac.lab import meters, peers
 from prac.lab.blocks import Block, Shape, build
+from prac.lab.methods import Method
 
 WARM_UP = 2  # steps: the first one compiles, and makes the first subspaces
 REFRESHES = 3  # rounds: most is in small parallel pieces, which a busy machine makes slow at random
@@ -70,7 +71,6 @@ def measure(
     shape: Shape,
     methods: Sequence[str] | Mapping[str, Config | None] = peers.DEFAULTS,
     *,
-    attention_bits: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     repeats: int = 7,
@@ -84,8 +84,8 @@ def measure(
 
     Args:
         shape: of the block.
-        methods: names of :data:`prac.lab.peers.METHODS`; or configs of your own by name, ``plain`` (None) first.
-        attention_bits: measure presets with norm groups once more with attention's inputs in so many bits.
+        methods: names, as :func:`prac.lab.methods.parse` takes them; or configs of your own by name, ``plain`` (None)
+            first.
         dtype: of weights and activations.
         device: where.
         repeats: rounds.
@@ -98,16 +98,20 @@ def measure(
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}.")
-    configs = dict(methods) if isinstance(methods, Mapping) else peers.variants(methods, attention_bits)
-    if any(name.endswith("compile") for name in configs):
+    if isinstance(methods, Mapping):
+        chosen = {name: Method(name, config) for name, config in methods.items()}
+    else:
+        chosen = peers.variants(methods)
+    if any(method.compiled for method in chosen.values()):
         torch.compiler.reset()  # torch compiles the same function for a few blocks only, then gives up
     original, (x, dy) = build(shape, dtype=dtype, device=torch.device(device), seed=seed)
     exact = _gradients(original, x, dy)
     subjects = []
-    for name, config in configs.items():
+    for name, method in chosen.items():
         notify(name)
         try:
-            subjects.append(_prepare(name, config, copy.deepcopy(original), x, dy, exact))
+            peers.check_device(method, x.device)
+            subjects.append(_prepare(method, copy.deepcopy(original), x, dy, exact))
         except (RuntimeError, ValueError) as error:
             kind = ValueError if isinstance(error, ValueError) else RuntimeError
             raise kind(f"{name}: {' '.join(str(error).split())[:300]}") from error
@@ -125,19 +129,18 @@ def measure(
     return [_row(subject, subjects[0], unit) for subject in subjects]
 
 
-def _prepare(
-    name: str, config: Config | None, block: Block, x: Tensor, dy: Tensor, exact: dict[str, Tensor]
-) -> _Subject:
+def _prepare(method: Method, block: Block, x: Tensor, dy: Tensor, exact: dict[str, Tensor]) -> _Subject:
     """Put a method to work, and measure all that does not take turns."""
-    handle = peers.apply(block, name, config, x)
+    peers.limit_compiled_memory(method.budget)
+    handle = peers.apply(block, method, x)
     for _ in range(WARM_UP):
         _seconds(block, x, dy)
     subject = _Subject(
-        name,
+        method.name,
         block,
         handle,
         errors=_errors(_gradients(block, x, dy), exact),
-        kept=meters.kept_bytes(block, x, peers.SAVED if name == "selective" else ()),
+        kept=meters.kept_bytes(block, x, peers.SAVED if method.selective else ()),
         allocated=meters.allocated_bytes(block, x, dy),
         flops=meters.step_flops(block, x, dy),
     )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prac import files
-from prac.lab import blocks, peers, results
+from prac.lab import blocks, methods, peers, results
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,7 +51,7 @@ def add_parser(commands: Any) -> None:
     what.add_argument("--heads", type=int, metavar="N", help="of attention (default: one for 64 features)")
     how = parser.add_argument_group("how to measure")
     how.add_argument("--methods", nargs="+", default=list(peers.DEFAULTS), metavar="NAME",
-        help=f"of {', '.join(peers.METHODS)}; plain is always measured (default: {' '.join(peers.DEFAULTS)})",
+        help=f"{methods.CHOICES}; plain is always measured (default: {' '.join(peers.DEFAULTS)})",
     )  # fmt: skip
     how.add_argument("--attention-bits", type=int, metavar="N",
         help="measure presets that keep norm groups once more, with the inputs of attention kept in N bits",
@@ -81,19 +81,18 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
         arguments.intermediate,
         arguments.heads,
     )
-    names = peers.variants(arguments.methods, arguments.attention_bits)
+    chosen = peers.variants(methods.names(arguments.methods), arguments.attention_bits)
     from rich.console import Console
     from rich.progress import Progress
 
     from prac.lab import bench
 
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        refreshes = bench.REFRESHES * sum(config is not None for config in names.values())
-        task = progress.add_task("", total=len(names) * (1 + arguments.repeats) + refreshes)
+        refreshes = bench.REFRESHES * sum(method.config is not None for method in chosen.values())
+        task = progress.add_task("", total=len(chosen) * (1 + arguments.repeats) + refreshes)
         rows = bench.measure(
             shape,
-            arguments.methods,
-            attention_bits=arguments.attention_bits,
+            list(chosen),
             dtype=blocks.DTYPES[arguments.dtype],
             device=device,
             repeats=arguments.repeats,

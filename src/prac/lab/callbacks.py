@@ -97,6 +97,14 @@ class Metrics(TrainerCallback):
             self._stream.close()
             self._stream = None
 
+    @property
+    def tokens_per_s(self) -> float:
+        """In training, but for the first step, which compiles, warms up and makes the first subspaces."""
+        first, *others = [line for line in results.read_lines(self.path) if "elapsed" in line]
+        if not others:
+            return first["tokens"] / first["elapsed"]
+        return (others[-1]["tokens"] - first["tokens"]) / (others[-1]["elapsed"] - first["elapsed"])
+
     def leave_out(self, seconds: float) -> None:
         """Take time off the clock that went into something other than training."""
         if self._since is not None:

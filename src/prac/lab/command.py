@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from prac.config import Bits, Config, Keep, Rank
-from prac.lab import models
+from prac.lab import methods, models
 from prac.lab.options import Options
-from prac.presets import PRESETS
 
-METHODS = ("plain", *PRESETS)
 KEPT = {
     "linear": "the input of each linear layer: a rank as fractions (0.3,0.3) or counts (64,64), a rank with its "
     "product in few bits (0.3,0.3@8bits), every direction in few bits (4bits), or none to leave them alone",
@@ -58,8 +56,8 @@ def add_parser(commands: Any) -> None:
 def _add_what(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to train")
     group.add_argument(
-        "--method", nargs="+", default=["lean"], choices=METHODS, metavar="NAME",
-        help=f"{', '.join(METHODS)}; several are run one after the other (default: lean)",
+        "--method", nargs="+", default=["lean"], metavar="NAME",
+        help=f"{methods.CHOICES}; several are run one after the other (default: lean)",
     )  # fmt: skip
     group.add_argument("--seed", nargs="+", type=int, default=[0], metavar="N",
         help="of weights and data order, the same for every method; several give mean ± spread (default: 0)",
@@ -86,7 +84,9 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch-size", type=int, metavar="N", help="blocks per device and micro-batch")
     group.add_argument("--grad-accum", type=int, metavar="N", help="micro-batches per optimizer step")
     group.add_argument("--seq-len", type=int, metavar="N", help="tokens per block")
-    group.add_argument("--lr", type=float, help="peak learning rate; decays to a tenth of it along a cosine")
+    group.add_argument("--lr", type=float, 
+        help="peak learning rate of AdamW (4 times this for galore); decays to a tenth of it along a cosine",
+    )  # fmt: skip
     group.add_argument("--warmup", type=float, help="linear warm-up: a fraction of the steps, or a number of steps")
     group.add_argument("--weight-decay", type=float, default=0.1, help="of AdamW (default: 0.1)")
     group.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
@@ -154,16 +154,20 @@ def _keep(text: str) -> Keep | None:
 
 def config(arguments: argparse.Namespace, method: str, seed: int) -> Config | None:
     """The config of one method: its preset, changed by what was given on the command line."""
-    if method == "plain":
+    own = methods.parse(method).config
+    if own is None:
         return None
     recipe = models.recipe(arguments.model)
     given = {"T1": arguments.T1, "T2": arguments.T2, "growth": arguments.growth, "min_width": arguments.min_width}
-    defaults = {"T1": recipe.interval, "T2": recipe.interval, "growth": recipe.growth}
+    # A recipe speaks of bases that follow the activations. Those made once, at every step, or for the moments of an
+    # optimizer keep their own intervals.
+    follows = not own.factored and own.T1 is not None
+    defaults = {"T1": recipe.interval, "T2": recipe.interval, "growth": recipe.growth} if follows else {}
     changes: dict[str, Any] = {"seed": seed if arguments.config_seed is None else arguments.config_seed}
     for source in (defaults, given):
         changes |= {field: value for field, value in source.items() if value is not None}
     changes |= {name: getattr(arguments, name) for name in (*KEPT, "attention_bits") if hasattr(arguments, name)}
-    return PRESETS[method].replace(**changes)
+    return own.replace(**changes)
 
 
 def options(arguments: argparse.Namespace, method: str, seed: int) -> Options:
@@ -171,6 +175,7 @@ def options(arguments: argparse.Namespace, method: str, seed: int) -> Options:
     recipe = models.recipe(arguments.model)
     own = {name: getattr(arguments, name) for name in ("steps", "batch_size", "grad_accum", "seq_len", "lr", "warmup")}
     how = {name: getattr(recipe, name) if value is None else value for name, value in own.items()}
+    how["lr"] *= methods.parse(method).lr_scale
     tenth, fifth = max(1, how["steps"] // 10), max(1, how["steps"] // 5)
     return Options(
         method=method,
@@ -197,7 +202,8 @@ def options(arguments: argparse.Namespace, method: str, seed: int) -> Options:
 
 def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     """Run ``prac train``; returns 0, or 1 if some of several runs failed."""
-    wanted = [options(arguments, method, seed) for seed in arguments.seed for method in arguments.method]
+    chosen = methods.names(arguments.method)
+    wanted = [options(arguments, method, seed) for seed in arguments.seed for method in chosen]
     out = arguments.out or Path("runs") / f"{Path(arguments.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     from rich.console import Console
 

@@ -1,28 +1,27 @@
-"""What runs on a block beside plain training: the peers that a user would pick instead, and the presets of prac."""
+"""What a user would pick instead, put to work: on a whole model of transformers, or on one block."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from prac.config import Config
 from prac.convert import compress
 from prac.handle import Handle
 from prac.lab.blocks import Block
-from prac.presets import PRESETS
+from prac.lab.methods import COMPILED, Method, parse
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
-PEERS = ("plain", "checkpoint", "selective", "compile")
-COMPILED = "+compile"  # after the name of a preset: in a block that torch.compile compiles
-METHODS = (*PEERS, *PRESETS, *(f"{name}{COMPILED}" for name in PRESETS))
-DEFAULTS = (*PEERS, *(name for name in ("paper", "lean", "fast", "small") if name in PRESETS))
+DEFAULTS = ("plain", "checkpoint", "selective", "compile", "paper", "lean", "fast", "small")
 
 aten = torch.ops.aten
 # What selective checkpointing keeps: matrix products and attention, the expensive ones. The rest is done again.
@@ -37,64 +36,125 @@ SAVED = (
 )
 
 
-def variants(methods: Sequence[str], attention_bits: int | None = None) -> dict[str, Config | None]:
-    """Every row to measure by name, plain first, with the config of those that are a preset.
+def variants(names: Sequence[str], attention_bits: int | None = None) -> dict[str, Method]:
+    """Every row to measure by name, plain first.
+
+    Args:
+        names: of methods.
+        attention_bits: add each preset that keeps norm groups once more, with attention's inputs in so many bits.
 
     Raises:
         ValueError: for an unknown method, or if ``attention_bits`` is given and none of them can use it.
     """
-    if unknown := [method for method in methods if method not in METHODS]:
-        raise ValueError(
-            f"unknown method {unknown[0]!r}; choose from {', '.join((*PEERS, *PRESETS))}, or a preset with {COMPILED}."
-        )
-    found = {method: PRESETS.get(method.removesuffix(COMPILED)) for method in dict.fromkeys(("plain", *methods))}
-    if attention_bits is None:
-        return found
-    grouped = {name: config for name, config in found.items() if config is not None and config.group is not None}
-    if not grouped:
+    found: dict[str, Method] = {}
+    grouped = 0
+    for name in dict.fromkeys(("plain", *names)):
+        found[name] = method = parse(name)
+        if attention_bits is None or method.config is None or method.config.group is None:
+            continue
+        grouped += 1
+        if not name.endswith(COMPILED) and method.config.attention_bits != attention_bits:
+            found[f"{name}+attention{attention_bits}"] = parse(f"{name}+attention{attention_bits}")
+    if attention_bits is not None and not grouped:
         raise ValueError("attention_bits goes with a preset that keeps norm groups, and none of these methods is one.")
-    rows: dict[str, Config | None] = {}
-    for name, config in found.items():
-        rows[name] = config
-        if (
-            name in grouped
-            and not name.endswith(COMPILED)
-            and (more := grouped[name].replace(attention_bits=attention_bits)) != config
-        ):
-            rows[f"{name}+attention{attention_bits}"] = more
-    return rows
+    return found
 
 
-def checkpoint_blocks(model: PreTrainedModel, *, selective: bool = False, reentrant: bool = False) -> None:
-    """Turn on gradient checkpointing in a model of transformers, of whole blocks or of all but :data:`SAVED`."""
+def checkpoint_blocks(
+    model: PreTrainedModel, *, every: int = 1, selective: bool = False, reentrant: bool = False
+) -> None:
+    """Turn on gradient checkpointing in a model of transformers, of whole blocks or of all but :data:`SAVED`.
+
+    Args:
+        model: changed in place.
+        every: checkpoint blocks 0, k, 2k, … and leave the others alone.
+        selective: keep matrix products and attention, compute the rest again.
+        reentrant: torch's older way.
+    """
     how: dict[str, Any] = {"use_reentrant": reentrant}
     if selective:
         how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, list(SAVED))
     # The second name is that before transformers 5.23.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(how)
+    blocks = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and not hasattr(m, "layers")]
+    for index, block in enumerate(blocks):
+        if index % every:
+            block.gradient_checkpointing = False
 
 
-def apply(block: Block, method: str, config: Config | None, x: Tensor) -> Handle | None:
-    """Put a method to work on ``block``, in place; returns the handle where it is one of prac's.
+def offload(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward``, with all that autograd saves in it kept in CPU memory until backward asks for it."""
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with save_on_cpu(pin_memory=torch.cuda.is_available()):
+            return forward(*args, **kwargs)
+
+    return run
+
+
+def limit_compiled_memory(budget: float | None) -> None:
+    """Let torch.compile keep this share of the activations that it would, for all that is compiled from now on."""
+    functorch.activation_memory_budget = 1.0 if budget is None else budget
+
+
+def adapt(model: nn.Module, velora: bool = False) -> nn.Module:
+    """Freeze ``model`` and give its linear layers LoRA adapters of rank 8; or VeLoRA's, as peft has them."""
+    from peft import LoraConfig, VeloraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=8, lora_alpha=16, target_modules="all-linear", velora_config=VeloraConfig() if velora else None
+    )
+    adapted: nn.Module = get_peft_model(model, config)
+    return adapted
+
+
+def wrap(model: PreTrainedModel, method: Method) -> None:
+    """Put checkpointing and offloading to work on a model that is compressed already, where it is to be."""
+    if method.checkpoint or method.selective:
+        checkpoint_blocks(model, every=method.checkpoint or 1, selective=method.selective)
+    if method.offload:
+        model.forward = offload(model.forward)
+
+
+def check_device(method: Method, device: torch.device) -> None:
+    """Refuse what makes no sense there.
+
+    Raises:
+        ValueError: for offloading where there is no GPU to take memory off.
+    """
+    if method.offload and device.type == "cpu":
+        raise ValueError(f"{method.name}: offload moves what a GPU keeps to CPU memory, and this runs on the CPU.")
+
+
+def apply(block: Block, method: Method, x: Tensor) -> Handle | None:
+    """Put a method to work on ``block``, in place; returns the handle where prac compresses.
+
+    Optimizers have no part in a block's step, and one block has no second one to leave out of checkpointing.
 
     Args:
         block: a fresh one.
-        method: a name that :func:`variants` gave.
-        config: the config that came with it.
+        method: what to do.
         x: the block's input, as an example.
+
+    Raises:
+        ValueError: for adapters, which go with a whole model.
     """
-    if config is not None:
-        handle = compress(block, config, example=x)
-        if method.endswith(COMPILED):
-            block.around = torch.compile(block.run, dynamic=False)
-        return handle
-    if method == "checkpoint":
-        block.around = functools.partial(checkpoint, block.run, use_reentrant=False)
-    elif method == "selective":
+    if method.lora:
+        raise ValueError("adapters go with a whole pretrained model: use prac train.")
+    handle = None if method.config is None else compress(block, method.config, example=x)
+    run: Callable[[Tensor], Tensor] = block.run
+    if method.selective:
         contexts = functools.partial(create_selective_checkpoint_contexts, list(SAVED))
-        block.around = functools.partial(checkpoint, block.run, use_reentrant=False, context_fn=contexts)
-    elif method == "compile":
-        # fullgraph: fail rather than quietly run parts of it in eager.
-        block.around = torch.compile(block.run, fullgraph=True, dynamic=False)
-    return None
+        run = functools.partial(checkpoint, block.run, use_reentrant=False, context_fn=contexts)
+    elif method.checkpoint:
+        run = functools.partial(checkpoint, block.run, use_reentrant=False)
+    if method.offload:
+        run = offload(run)
+    if method.compiled:
+        # fullgraph: fail rather than quietly run parts of it in eager; what prac compresses is never in a graph.
+        run = torch.compile(run, fullgraph=handle is None, dynamic=False)
+    if run != block.run:
+        block.around = run
+    return handle

@@ -14,12 +14,25 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from prac.presets import PRESETS
 from prac.reading import Reading
 
-# Okabe and Ito's palette, told apart with any colour vision; grey for the baseline.
-PALETTE = ("#8a8a8a", "#0a84c6", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c564b")
-COLOURS = {method: PALETTE[index % len(PALETTE)] for index, method in enumerate(("plain", *PRESETS))}
+USUAL = ("plain", "lean", "fast", "small", "paper", "pac", "rac", "finetune")
+# Okabe and Ito's palette, told apart with any colour vision, and after it more of the same kind; grey for the baseline.
+PALETTE = (
+    "#8a8a8a", "#0a84c6", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c564b",
+    "#3d3d3d", "#1b9e4b", "#a6761d", "#e7298a", "#66a61e", "#7570b3", "#b15928", "#17a2a2", "#c22326", "#5b6ee1",
+)  # fmt: skip
+
+
+class Colours(dict[str, str]):
+    """A colour for every method: that of its place among the usual ones, or else the next one that is free."""
+
+    def __missing__(self, method: str) -> str:
+        self[method] = PALETTE[len(self) % len(PALETTE)]
+        return self[method]
+
+
+COLOURS = Colours({method: PALETTE[index] for index, method in enumerate(USUAL)})
 NOTHING = 1e-6  # an error below this is rounding
 INK = "#012345"  # stands for the page's text colour until the SVG is made
 STYLE: dict[str, Any] = {

@@ -17,7 +17,7 @@ from transformers.integrations import TensorBoardCallback
 
 import prac
 from prac import files
-from prac.lab import checkpoints, data, measure, models, results, run_folder, tokens
+from prac.lab import checkpoints, data, measure, methods, models, optimizers, peers, results, run_folder, tokens
 from prac.lab.callbacks import Layers, Metrics, Progress, Spectra
 from prac.lab.options import Options
 from prac.lab.trainer import LastingTrainer
@@ -65,11 +65,18 @@ def run(
             damaged.
     """
     started = time.perf_counter()
-    arguments = _arguments(options, out)  # from here on the processes know of each other
+    method = methods.parse(options.method)
+    peers.limit_compiled_memory(method.budget)
+    arguments = _arguments(options, method, out)  # from here on the processes know of each other
+    peers.check_device(method, arguments.device)
+    if method.lora and options.model in models.SIZES:
+        raise ValueError(f"{method.name}: adapters on frozen random weights learn nothing; give a pretrained --model.")
     if options.fsdp and arguments.world_size == 1:
         raise ValueError(
             "--fsdp shards over several processes: start it as torchrun --nproc-per-node 2 -m prac train … --fsdp."
         )
+    if arguments.world_size > 1 and method.optimizer != "adamw":
+        raise ValueError(f"{method.name}: its optimizer sees the whole gradient only in a single process.")
     with arguments.main_process_first(local=False):
         main = arguments.process_index == 0
         if overwrite and main:
@@ -88,11 +95,18 @@ def run(
     set_seed(options.seed)
     model = models.build(options.model, tokenizer, options.seq_len)
     loss = _chunk_loss(model, options.loss)
+    if method.lora:
+        model = peers.adapt(model, method.velora)
     handle = None
     if options.config is not None:
         handle = prac.compress(model, options.config, include=options.include, exclude=options.exclude)
         if checkpoint is not None:
             handle.load(checkpoint)
+        elif options.config.T1 is None:
+            _calibrate(handle, blocks, options, arguments)
+    peers.wrap(model, method)
+    for name, value in optimizers.arguments(method, model).items():
+        setattr(arguments, name, value)
 
     spectra_batch = collate([blocks.validation[i] for i in range(min(len(blocks.validation), 4 * options.batch_size))])
     metrics = Metrics(out / "metrics.jsonl")
@@ -103,6 +117,7 @@ def run(
         eval_dataset=_sample(blocks.validation, options.eval_blocks),
         data_collator=collate,
         processing_class=tokenizer,
+        optimizers=(optimizers.make(method, model, options), None),
         callbacks=[
             metrics,
             Progress(f"{options.method} seed {options.seed}"),
@@ -114,7 +129,8 @@ def run(
     )
     if handle is not None:
         every = options.eval_every or max(1, options.steps // 10)
-        trainer.add_callback(Layers(handle, trainer, every, out / run_folder.LAYERS, metrics))
+        if not method.compiled:  # what is measured is run again in parts, each of which would be compiled
+            trainer.add_callback(Layers(handle, trainer, every, out / run_folder.LAYERS, metrics))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     gc.collect()
@@ -143,7 +159,7 @@ def run(
         "unigram_entropy": blocks.unigram_entropy,
         "peak_bytes": peak.get("peak_cuda_bytes", peak["peak_process_bytes"]),
         **peak,
-        "tokens_per_s": trainer.state.num_input_tokens_seen / metrics.elapsed,
+        "tokens_per_s": metrics.tokens_per_s,
         "train_s": metrics.elapsed,
         "wall_s": time.perf_counter() - started,
         "device": str(arguments.device),
@@ -185,7 +201,19 @@ def _chunk_loss(model: nn.Module, wanted: str) -> str:
     return "plain"
 
 
-def _arguments(options: Options, out: Path) -> TrainingArguments:
+CALIBRATION = 8  # batches, for bases that are made once
+
+
+def _calibrate(handle: prac.Handle, blocks: tokens.Blocks, options: Options, arguments: TrainingArguments) -> None:
+    """Make the bases of the first training blocks, before the first step."""
+    size = options.batch_size
+    count = min(CALIBRATION, len(blocks.train) // size)
+    handle.model.to(arguments.device)
+    batches = (collate([blocks.train[i * size + j] for j in range(size)]) for i in range(count))
+    prac.calibrate(handle, ({k: v.to(arguments.device) for k, v in batch.items()} for batch in batches))
+
+
+def _arguments(options: Options, method: methods.Method, out: Path) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(out),
         max_steps=options.steps,
@@ -196,7 +224,7 @@ def _arguments(options: Options, out: Path) -> TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available(),
         learning_rate=options.lr,
         weight_decay=options.weight_decay,
-        optim="adamw_torch",
+        torch_compile=method.compiled,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
         warmup_steps=options.warmup_steps,
@@ -210,6 +238,7 @@ def _arguments(options: Options, out: Path) -> TrainingArguments:
         eval_strategy="steps" if options.eval_every else "no",
         eval_steps=options.eval_every or None,
         prediction_loss_only=True,
+        label_names=["labels"],  # which it cannot find out of a model with adapters
         # Without --save-every there is just the checkpoint that the Trainer makes after the last step.
         save_strategy="steps",
         save_steps=options.save_every or options.steps,

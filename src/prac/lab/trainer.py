@@ -28,6 +28,14 @@ class LastingTrainer(Trainer):
             shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Of all blocks: an incomplete last batch is dropped in training alone."""
+        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         checkpoint = checkpoint_folder(self.args, self.state)
         try:
