@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from prac.lab import bench_command, command, layers_command, memory_command
+from prac.lab import bench_command, command, compare_command, layers_command, memory_command
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     command.add_parser(commands)
+    compare_command.add_parser(commands)
     bench_command.add_parser(commands)
     memory_command.add_parser(commands)
     layers_command.add_parser(commands)

@@ -89,7 +89,7 @@ class SubspaceAdamW(torch.optim.AdamW):
         state["step"] += 1
         m_OR = state["exp_avg"].lerp_(g_OR, 1 - beta1)
         v_OR = state["exp_avg_sq"].mul_(beta2).addcmul_(g_OR, g_OR, value=1 - beta2)
-        steps = state["step"].item()
+        steps = float(state["step"])  # torch makes a tensor of it when it loads a state
         denominator_OR = (v_OR / (1 - beta2**steps)).sqrt_().add_(group["eps"])
         update_OR = m_OR / denominator_OR
         p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -114,7 +114,7 @@ class SubspaceAdamW(torch.optim.AdamW):
     @staticmethod
     def _start(state: dict[str, Any], gradient: FactoredGradient) -> None:
         zeros_OR = torch.zeros_like(gradient.coefficients_OR)
-        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["step"] = 0
         state["exp_avg"], state["exp_avg_sq"] = zeros_OR, zeros_OR.clone()
         state["basis"] = gradient.basis_NR
 

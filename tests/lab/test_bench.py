@@ -156,23 +156,29 @@ def test_usual_widths():
 
 def test_variants():
     assert list(peers.variants(["paper", "compile", "paper"])) == ["plain", "paper", "compile"]
-    assert set(peers.DEFAULTS) <= set(peers.METHODS)
+    assert list(peers.variants(peers.DEFAULTS)) == list(peers.DEFAULTS)
 
 
-def test_attention_bits_make_a_second_row(monkeypatch):
-    @dataclasses.dataclass(frozen=True)
-    class Groups(prac.Config):
-        group: int | None = None
-        attention_bits: int | None = None
-
-    presets = {"paper": Groups(), "lean": Groups(group=1)}
-    monkeypatch.setattr(peers, "PRESETS", presets)
-    monkeypatch.setattr(peers, "METHODS", ("plain", *presets))
-    found = peers.variants(["paper", "lean"], attention_bits=8)
-    assert list(found) == ["plain", "paper", "lean", "lean+attention8"]
-    assert found["lean+attention8"] == presets["lean"].replace(attention_bits=8)
+def test_attention_bits_make_a_second_row():
+    found = peers.variants(["paper", "lean", "lean+compile", "small"], attention_bits=4)
+    assert list(found) == ["plain", "paper", "lean", "lean+attention4", "lean+compile", "small"]
+    assert found["lean+attention4"].config == prac.PRESETS["lean"].replace(attention_bits=4)
     with pytest.raises(ValueError, match="attention_bits goes with a preset that keeps norm groups"):
         peers.variants(["paper"], attention_bits=8)
+
+
+def test_methods_of_others():
+    """What they keep and lose on a block: exact ones lose nothing."""
+    names = ("loract", "co-compression", "compact", "galore", "paper+checkpoint", "checkpoint2")
+    rows = measure("llama", names)
+    plain = rows["plain"]
+    for name in ("galore", "checkpoint2"):  # an optimizer has no part in a block's step, and exact is exact
+        assert rows[name].weight_grad_error == rows[name].input_grad_error == 0
+    assert rows["galore"].kept_bytes == plain.kept_bytes
+    for name in ("loract", "co-compression", "compact"):
+        assert rows[name].kept_bytes < plain.kept_bytes and rows[name].weight_grad_error > 0.1
+    assert rows["co-compression"].input_grad_error < 1e-5  # linear layers alone: what is sent back is exact
+    assert rows["paper+checkpoint"].kept_units == 1.0
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,44 @@ def test_states_of_optimizers(optimizer: str, states: float) -> None:
     assert row.at_peak["optimizer"] / 4 == pytest.approx(least, rel=0.01)
 
 
+def test_every_method_has_its_memory() -> None:
+    """What each saves, and what it does not touch."""
+    setting = footprint.Setting("llama-35m", 16, 256, "bf16")
+    names = ["plain", "checkpoint", "checkpoint2", "offload", "galore", "rso", "compact", "co-compression", "loract"]
+    names += ["paper+muon", "lean+checkpoint2", "loract+lora"]
+    rows = {row.method: row for row in footprint.rows(setting, names, ["chunked"])}
+    plain = rows["plain"]
+    assert rows["checkpoint"].activation_gib < rows["checkpoint2"].activation_gib < plain.activation_gib
+    assert rows["offload"].activation_gib == 0
+    assert rows["galore"].activation_gib == plain.activation_gib
+    for name in ("rso", "compact", "co-compression", "loract"):
+        assert rows[name].activation_gib < plain.activation_gib
+    # Moments and gradients of linear layers at a quarter of their width, those of the embedding and head in full.
+    for name in ("rso", "compact"):
+        assert rows[name].at_peak["optimizer"] < 0.9 * plain.at_peak["optimizer"]
+    assert rows["co-compression"].at_peak["optimizer"] == plain.at_peak["optimizer"]
+    assert rows["paper+muon"].at_peak["optimizer"] < plain.at_peak["optimizer"]
+    assert rows["loract+lora"].at_peak["optimizer"] < 0.1 * plain.at_peak["optimizer"]
+    assert rows["lean+checkpoint2"].peak_gib < plain.peak_gib
+
+
+def test_predicted_as_measured_with_gradients_in_factors() -> None:
+    """The tracker follows the factors: what is predicted is what a real step keeps."""
+    import prac
+    from prac.memory import track_kept
+
+    setting = footprint.Setting("llama-tiny", 4, 64, "fp32")
+    (row,) = footprint.rows(setting, ["compact"], ["plain"])
+    model = models.without_weights("llama-tiny", 64, torch.float32).to_empty(device="cpu")
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    prac.compress(model.train(), "compact")
+    ids = torch.randint(1000, (4, 64))
+    with track_kept(model, {"ids": ids}) as kept:
+        model(input_ids=ids, labels=ids, use_cache=False)
+    assert row.activation_gib * 2**30 == pytest.approx(kept.total, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("model", "method", "loss", "exclude", "published"),
     [
@@ -97,6 +135,8 @@ def test_budgets(capsys: pytest.CaptureFixture[str]) -> None:
         (["--micro-batch", "0"], "--micro-batch must be at least 1"),
         (["--budget", "plenty"], "a budget is"),
         (["--methods", "lean", "--exclude", "*"], "nothing to compress"),
+        (["--methods", "compile"], "torch.compile decides what to keep when it compiles"),
+        (["--methods", "velora"], "peft's VeLoRA looks at numbers"),
     ],
 )
 def test_bad_input(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

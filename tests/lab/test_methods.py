@@ -12,7 +12,7 @@ from prac.lab import blocks, command, methods, models, optimizers, peers, train
 from prac.lab.options import Options
 from prac.memory import track_kept
 
-STEPS = 6
+STEPS = 5
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_every_method_trains(name, options, tmp_path):
     assert row["kept_bytes"] > 0 and row["tokens_per_s"] > 0
 
 
-@pytest.mark.parametrize("name", ["galore", "plain+muon", "lean+adam-mini", "rso"])
+@pytest.mark.parametrize("name", ["galore", "rso"])
 def test_optimizers_resume(name, options, tmp_path):
     """Interrupted after step 4 and taken up again, a run ends as one that was not."""
     Spy = pytest.importorskip("test_train").Spy

@@ -46,21 +46,27 @@ def add_parser(commands: Any) -> None:
         description="Pre-train or fine-tune a causal language model, with and without compressed activations.",
         epilog=EXAMPLES,
     )
-    _add_what(parser)
-    _add_how(parser)
-    _add_compression(parser)
-    _add_output(parser)
-    parser.set_defaults(run=run)
-
-
-def _add_what(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what to train")
-    group.add_argument(
+    parser.add_argument(
         "--method", nargs="+", default=["lean"], metavar="NAME",
         help=f"{methods.CHOICES}; several are run one after the other (default: lean)",
     )  # fmt: skip
-    group.add_argument("--seed", nargs="+", type=int, default=[0], metavar="N",
-        help="of weights and data order, the same for every method; several give mean ± spread (default: 0)",
+    add_settings(parser, seeds=[0])
+    parser.set_defaults(run=run)
+
+
+def add_settings(parser: argparse.ArgumentParser, seeds: list[int]) -> None:
+    """Add all that a run is told but its method; ``seeds`` are those by default."""
+    _add_what(parser, seeds)
+    _add_how(parser)
+    _add_compression(parser)
+    _add_output(parser)
+
+
+def _add_what(parser: argparse.ArgumentParser, seeds: list[int]) -> None:
+    group = parser.add_argument_group("what to train")
+    group.add_argument("--seed", nargs="+", type=int, default=seeds, metavar="N",
+        help="of weights and data order, the same for every method; several give mean ± spread "
+        f"(default: {' '.join(map(str, seeds))})",
     )  # fmt: skip
     group.add_argument("--model", default="llama-tiny", metavar="NAME",
         help=f"{', '.join(models.SIZES)}; or a folder or hub name with safetensors weights (default: llama-tiny)",
@@ -205,29 +211,48 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     chosen = methods.names(arguments.method)
     wanted = [options(arguments, method, seed) for seed in arguments.seed for method in chosen]
     out = arguments.out or Path("runs") / f"{Path(arguments.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    from rich.console import Console
+    if len(wanted) > 1:
+        return run_several(wanted, out, arguments, argv, "train")
+    from prac.lab import train
 
-    from prac.lab import compare, report, results, run_folder, table, train
+    row = train.run(wanted[0], out, arguments.resume, overwrite=arguments.overwrite)
+    _show([row], [out], out, arguments, argv, "train")
+    return 0
 
-    failures: list[str] = []
-    if len(wanted) == 1:
-        rows = [train.run(wanted[0], out, arguments.resume, overwrite=arguments.overwrite)]
-        folders = [out]
-    else:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError("give one --method and one --seed per launch when training on several processes.")
-        for each in [] if arguments.resume or arguments.overwrite else wanted:
-            run_folder.check_free(compare.folder(out, each))
-        train.prepare(wanted[0])
-        rows, failures = compare.run_each(wanted, out, argv, arguments.resume)
-        folders = [Path(row["out"]) for row in rows]
-    if rows and int(os.environ.get("RANK", "0")) == 0:
-        if arguments.json:
-            results.write(arguments.json, "train", rows)
-        report.write(folders, argv, out / "report.html")
-        if not arguments.quiet:
-            Console().print(table.render(rows, f"{arguments.model} on {arguments.data}"))
-            print(f"report: {out / 'report.html'}")
+
+def run_several(
+    wanted: list[Options], out: Path, arguments: argparse.Namespace, argv: list[str], name: str, workers: int = 1
+) -> int:
+    """Run each of ``wanted`` in a process of its own and show them side by side; returns 1 if some failed."""
+    from prac.lab import compare, run_folder, train
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("give one --method and one --seed per launch when training on several processes.")
+    for each in [] if arguments.resume or arguments.overwrite else wanted:
+        run_folder.check_free(compare.folder(out, each))
+    train.prepare(wanted[0])
+    rows, failures = compare.run_each(wanted, out, argv, arguments.resume, workers)
+    if rows:
+        _show(rows, [Path(row["out"]) for row in rows], out, arguments, argv, name)
     for failure in failures:
         print(f"prac: {failure}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _show(
+    rows: list[Any], folders: list[Path], out: Path, arguments: argparse.Namespace, argv: list[str], name: str
+) -> None:
+    """Rows as JSON, report and table."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
+    from rich.console import Console
+
+    from prac.lab import report, results, table
+
+    rows = results.against_plain(rows)
+    if arguments.json:
+        results.write(arguments.json, name, rows)
+    report.write(folders, argv, out / "report.html")
+    if not arguments.quiet:
+        Console().print(table.render(rows, f"{arguments.model} on {arguments.data}"))
+        print(f"report: {out / 'report.html'}")

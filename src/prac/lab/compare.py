@@ -1,10 +1,12 @@
-"""Several methods or seeds: each run in its own process, one after the other, then side by side."""
+"""Several methods or seeds: each run in its own process."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from prac.lab import results, run_folder
@@ -17,47 +19,53 @@ def folder(out: Path, options: Options) -> Path:
 
 
 def run_each(
-    wanted: Sequence[Options], out: Path, argv: Sequence[str], resume: bool
+    wanted: Sequence[Options], out: Path, argv: Sequence[str], resume: bool, workers: int = 1
 ) -> tuple[list[results.Row], list[str]]:
-    """Run ``python -m prac`` with ``argv`` narrowed to each of ``wanted`` in turn.
+    """Run ``python -m prac`` with ``argv`` narrowed to each of ``wanted``, ``workers`` at a time.
 
     A process of its own gives each run its own peak memory, and a failure takes no other run with it. With
     ``resume``, runs that are complete are not run again.
 
     Returns:
-        The rows of the runs that finished, and a line for each that failed.
+        The rows of the runs that finished, and a line for each that failed, in the order of ``wanted``.
     """
-    rows, failures = [], []
-    for options in wanted:
+    threads = None if workers == 1 else max(1, (os.cpu_count() or 1) // workers)
+    complete = [run_folder.finished(options, folder(out, options)) if resume else None for options in wanted]
+
+    def run(options: Options, done: results.Row | None) -> results.Row | str:
+        if done is not None:
+            return done
         target = folder(out, options)
-        if resume and (row := run_folder.finished(options, target)):
-            rows.append(row)
-            continue
-        code = launch(narrowed(options, target, argv))
+        code = launch(narrowed(options, target, argv), threads)
         if code == 0:
-            rows += results.read(target / "result.json")["rows"]
-        else:
-            failures.append(f"{options.method} seed {options.seed} failed (exit code {code}); its folder is {target}")
-    return rows, failures
+            found: results.Row = results.read(target / "result.json")["rows"][0]
+            return found
+        return f"{options.method} seed {options.seed} failed (exit code {code}); its folder is {target}"
+
+    with ThreadPoolExecutor(workers) as pool:
+        found = list(pool.map(run, wanted, complete))
+    return [row for row in found if not isinstance(row, str)], [line for line in found if isinstance(line, str)]
 
 
-def launch(argv: Sequence[str]) -> int:
-    """``prac ARGV…`` in a process of its own; returns its exit code."""
-    return subprocess.run([sys.executable, "-m", "prac", *argv], check=False).returncode
+def launch(argv: Sequence[str], threads: int | None = None) -> int:
+    """``prac ARGV…`` in a process of its own, on so many threads; returns its exit code."""
+    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    return subprocess.run([sys.executable, "-m", "prac", *argv], check=False, env=environment).returncode
 
 
 def narrowed(options: Options, target: Path, argv: Sequence[str]) -> list[str]:
-    """``argv`` narrowed to one run; of an option given twice the last one counts."""
+    """``argv`` narrowed to one run of ``prac train``; of an option given twice the last one counts."""
     one = ["--method", options.method, "--seed", str(options.seed), "--out", str(target), "--quiet"]
-    return [*_without_json(argv), *one]
+    return ["train", *_without(argv[1:], ("--json", "--methods", "--workers")), *one]
 
 
-def _without_json(argv: Sequence[str]) -> list[str]:
+def _without(argv: Sequence[str], names: tuple[str, ...]) -> list[str]:
+    """``argv`` without some options of one value each."""
     kept = []
     arguments = iter(argv)
     for argument in arguments:
-        if argument == "--json":
+        if argument in names:
             next(arguments, None)
-        elif not argument.startswith("--json="):
+        elif not argument.startswith(tuple(f"{name}=" for name in names)):
             kept.append(argument)
     return kept

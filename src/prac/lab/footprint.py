@@ -15,18 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prac.config import Config
 from prac.lab import models
-from prac.lab.peers import checkpoint_blocks
+from prac.lab.methods import Method, parse
+from prac.lab.peers import adapt, checkpoint_blocks
 from prac.memory import Breakdown, predict
 from prac.memory.predict import OptimizerFactory, adamw
-from prac.presets import PRESETS
+from prac.optim import SubspaceAdamW
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PEERS = ("plain", "checkpoint", "selective", "galore")
-DEFAULTS = (*PEERS, "paper", "lean", "lean+attention8", "fast", "small")
+DEFAULTS = ("plain", "checkpoint", "selective", "galore", "paper", "lean", "lean+attention8", "fast", "small")
 LOSSES = ("plain", "chunked")
 WORTH_PROCESSES = 20  # seconds; starting them takes some 8
 HALF = "half"  # as plain, but in the dtype of the logits, as some training code has it
@@ -87,7 +86,19 @@ def galore(model: nn.Module) -> Optimizer:
     return StateOnly([p for p in model.parameters() if p.requires_grad], state)
 
 
-OPTIMIZERS: dict[str, OptimizerFactory] = {"adamw": adamw, "adam-mini": adam_mini, "muon": muon, "galore": galore}
+def in_subspace(model: nn.Module) -> Optimizer:
+    """AdamW whose state of factored gradients is as narrow as they are."""
+    return SubspaceAdamW([p for p in model.parameters() if p.requires_grad])
+
+
+OPTIMIZERS: dict[str, OptimizerFactory] = {
+    "adamw": adamw,
+    "adam-mini": adam_mini,
+    "muon": muon,
+    "galore": galore,
+    "reproject": in_subspace,
+    "reset": in_subspace,
+}
 
 
 @dataclass(frozen=True)
@@ -117,20 +128,20 @@ class Row:
     kept: dict[str, int]
 
 
-def config_of(method: str) -> Config | None:
-    """The config of a method: a preset, a preset with ``+attention8`` or ``+attention4``, or None for a peer.
+def of(name: str) -> Method:
+    """The method of a name, if its memory can be predicted.
 
     Raises:
-        ValueError: for any other name.
+        ValueError: for an unknown name, and for what decides with real numbers what it keeps.
     """
-    name, plus, attention = method.partition("+attention")
-    if method in PEERS:
-        return None
-    if name not in PRESETS or (plus and attention not in ("4", "8")):
+    method = parse(name)
+    if method.compiled:
+        raise ValueError(f"{name}: torch.compile decides what to keep when it compiles; measure it with prac bench.")
+    if method.velora:
         raise ValueError(
-            f"unknown method {method!r}; choose from {', '.join((*PEERS, *PRESETS))}, or a preset with +attention8."
+            f"{name}: peft's VeLoRA looks at numbers, and a prediction has none; measure it in prac train."
         )
-    return PRESETS[name].replace(attention_bits=int(attention)) if plus else PRESETS[name]
+    return method
 
 
 def materials(setting: Setting) -> tuple[PreTrainedModel, dict[str, Tensor]]:
@@ -145,17 +156,24 @@ def materials(setting: Setting) -> tuple[PreTrainedModel, dict[str, Tensor]]:
 
 def one(setting: Setting, method: str, loss: str, optimizer: str) -> Breakdown:
     """The prediction for one method."""
-    config = config_of(method)
+    way = of(method)
     model, batch = materials(setting)
-    if method in ("checkpoint", "selective"):
-        checkpoint_blocks(model, selective=method == "selective")
+    if way.checkpoint or way.selective:
+        checkpoint_blocks(model, every=way.checkpoint or 1, selective=way.selective)
     if loss == HALF:
         model.loss_function = _without_upcast
     _, autocast = DTYPES[setting.dtype]
     return predict(
-        model, batch, config, include=setting.include, exclude=setting.exclude, chunked_loss=loss == "chunked",
-        optimizer=OPTIMIZERS[optimizer], autocast=autocast,
-    )  # fmt: skip
+        adapt(model) if way.lora else model,
+        batch,
+        way.config,
+        offload=way.offload,
+        include=setting.include,
+        exclude=setting.exclude,
+        chunked_loss=loss == "chunked",
+        optimizer=OPTIMIZERS[optimizer],
+        autocast=autocast,
+    )
 
 
 def _without_upcast(logits: Tensor, labels: Tensor, vocab_size: int, **_: Any) -> Tensor:
@@ -176,11 +194,11 @@ def rows(
     ``if __name__ == "__main__"``. ``notify`` gets the name of each row that is done.
     """
     ways = [
-        (method, loss, "galore" if method == "galore" else optimizer)
+        (method, loss, optimizer if of(method).optimizer == "adamw" else of(method).optimizer)
         for optimizer in optimizers
         for loss in losses
         for method in methods
-        if method != "galore" or optimizer == optimizers[0]  # it is an optimizer itself
+        if of(method).optimizer == "adamw" or optimizer == optimizers[0]  # it brings an optimizer of its own
     ]
     found: list[Row] = []
     for (method, loss, optimizer), it in zip(ways, _predictions(setting, ways), strict=True):

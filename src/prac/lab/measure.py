@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from prac.memory.measure import track_kept
+from prac.memory.breakdown import Breakdown
+from prac.memory.measure import measure, track_kept
 
 
 def reset_peak() -> None:
@@ -36,15 +39,15 @@ def peak_process_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def kept_by_layer(model: nn.Module, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """What autograd keeps for one training batch.
+def kept_by_layer(model: nn.Module, batch: dict[str, Tensor], bf16: bool = False) -> list[dict[str, Any]]:
+    """What autograd keeps for one training batch, with ``bf16`` under autocast to it.
 
     Returns:
         A row for each module that keeps something: ``module`` (its name), ``block`` (its index, or None outside
         the blocks), ``kind`` and ``bytes``.
     """
     model.train()
-    with track_kept(model) as kept:
+    with track_kept(model) as kept, torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=bf16):
         model(**batch)
     rows = []
     for name, count in kept.by_module.items():
@@ -52,6 +55,13 @@ def kept_by_layer(model: nn.Module, batch: dict[str, Tensor]) -> list[dict[str, 
         kind = _kind(name, model.get_submodule(name))
         rows.append({"module": name, "block": int(block[1]) if block else None, "kind": kind, "bytes": count})
     return rows
+
+
+def step(model: nn.Module, batch: dict[str, Tensor], optimizer: Optimizer, bf16: bool = False) -> Breakdown:
+    """The memory of one training step as :func:`prac.measure` has it; the model's gradients are freed."""
+    if isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return measure(model.train(), batch, optimizer=optimizer, autocast=torch.bfloat16 if bf16 else None)
 
 
 def _kind(name: str, module: nn.Module) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prac import files
-from prac.lab import models
+from prac.lab import methods, models
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,8 +48,7 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     how = parser.add_argument_group("how")
     how.add_argument("--methods", nargs="+", metavar="NAME",
-        help="plain, checkpoint, selective, galore, or a preset, such as lean or lean+attention8"
-        " (default: those that matter)",
+        help=f"{methods.CHOICES} (default: those that matter)",
     )  # fmt: skip
     how.add_argument("--loss", nargs="+", choices=["plain", "chunked", "half"], default=["plain", "chunked"],
         help="plain: of logits in float32, as transformers has it; chunked: without them; half: of logits as the model "
@@ -98,13 +97,13 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
             found = memory.fit(model, batch, arguments.budget, optimizer=make, autocast=autocast)
         print(found)
         return 0
-    methods = list(dict.fromkeys(arguments.methods or footprint.DEFAULTS))
-    for method in methods:
-        footprint.config_of(method)
+    chosen = methods.names(list(arguments.methods or footprint.DEFAULTS))
+    for name in chosen:
+        footprint.of(name)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("predicting", total=len(methods) * len(arguments.loss) * len(arguments.optimizer))
+        task = progress.add_task("predicting", total=len(chosen) * len(arguments.loss) * len(arguments.optimizer))
         rows = footprint.rows(
-            setting, methods, arguments.loss, arguments.optimizer,
+            setting, chosen, arguments.loss, arguments.optimizer,
             lambda done: progress.update(task, advance=1, description=done),
         )  # fmt: skip
     command = {"setting": asdict(setting) | {"command": " ".join(["prac", *argv])}}
@@ -129,7 +128,7 @@ def table(rows: list[Row], setting: Any) -> Table:
         "an allocator holds without using it.",
         box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left", caption_justify="left",
     )  # fmt: skip
-    optimizers = {row.optimizer for row in rows} - {"galore"}
+    optimizers = {row.optimizer for row in rows} & {"adamw", "adam-mini", "muon"}
     for index, heading in enumerate(("method", "loss", "peak", "less", "kept", "most at the peak")):
         found.add_column(heading, justify="right" if heading in ("peak", "less", "kept") else "left", no_wrap=index < 5)
         if heading == "loss" and len(optimizers) > 1:

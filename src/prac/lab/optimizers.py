@@ -35,6 +35,8 @@ class Together(Optimizer):
 
     def _link(self) -> None:
         self.param_groups = [group for each in self.optimizers for group in each.param_groups]
+        for each in self.optimizers:
+            self.state.update(each.state)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -45,6 +47,7 @@ class Together(Optimizer):
                 loss = closure()
         for each in self.optimizers:
             each.step()
+            self.state.update(each.state)
         return loss
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 
 from prac import files, monitor
-from prac.lab import plots, results, run_folder, table
+from prac.lab import overview, plots, results, run_folder, table
 from prac.memory.breakdown import size
 
 
@@ -64,6 +64,32 @@ def headlines(rows: list[results.Row]) -> list[dict[str, Any]]:
     return found
 
 
+def answers(rows: list[results.Row]) -> list[tuple[str, str]]:
+    """Which method to take for what, as far as these runs can tell: a question and its answer each.
+
+    A loss is not seen to be above plain's if the difference is within twice its standard error, or 0.01.
+    """
+    grouped = results.by_method(rows)
+    points = {name: overview.point(runs, grouped["plain"]) for name, runs in grouped.items()}
+    harmless = {name: point for name, point in points.items() if point["harmless"]}
+    no_slower = {name: point for name, point in harmless.items() if point["time"] <= 1.05}
+
+    def told(name: str) -> str:
+        point = points[name]
+        gap = f"{point['gap']:+.3f}".replace("-", "−")
+        return f"{name}: {point['peak']:.0%} of plain's peak, {point['time']:.2f}× its time, {gap} nats"
+
+    def least(found: dict[str, Any], what: str) -> str:
+        return told(min(found, key=lambda name: found[name][what]))
+
+    return [
+        ("Least memory, no loss seen", least(harmless, "peak")),
+        ("Least memory at plain's speed, no loss seen", least(no_slower, "peak")),
+        ("Least memory at all", least(points, "peak")),
+        ("Lowest loss beside plain", least({n: p for n, p in points.items() if n != "plain"}, "gap")),
+    ]
+
+
 def render(folders: Sequence[Path], argv: Sequence[str]) -> str:
     """The page for one or more complete run folders; ``argv`` is the command that made them."""
     runs = [read_run(folder) for folder in folders]
@@ -75,18 +101,25 @@ def render(folders: Sequence[Path], argv: Sequence[str]) -> str:
     for run in runs:
         first.setdefault(run["method"], run)
     common, own = _options(runs)
+    many = len(first) >= overview.MANY and "plain" in first
+    # With many methods, a page for each run has these.
+    measured = {} if many else {method: run for method, run in first.items() if run["layers"]}
     return environment.get_template("report.html.j2").render(
         rows=rows,
-        headlines=headlines(rows),
+        headlines=[] if many else headlines(rows),
         against_plain="plain" in first and len(first) > 1,
         colours=plots.COLOURS,
         headings=table.HEADINGS,
         lines=table.cells(rows),
         reference=table.reference(rows),
+        many=many,
+        answers=answers(rows) if many else [],
+        frontier=overview.frontier(rows) if many else None,
+        gaps=overview.gaps(runs) if many else None,
         losses=plots.losses(runs, rows[0]["unigram_entropy"]),
-        kept=plots.kept(runs),
-        spectra=plots.spectra(runs) if all(run["spectra"] for run in runs) else None,
-        layers={method: plots.layers(run["layers"], method) for method, run in first.items() if run["layers"]},
+        kept=overview.kept(runs) if many else plots.kept(runs),
+        spectra=plots.spectra(runs) if all(run["spectra"] for run in runs) and not many else None,
+        layers={method: plots.layers(run["layers"], method) for method, run in measured.items()},
         readings={method: run["layers"][-1].table() for method, run in first.items() if run["layers"]},
         summaries={method: first[method]["summary"] for method in first if first[method]["summary"]},
         common=common,

@@ -60,6 +60,14 @@ def by_method(rows: list[Row]) -> dict[str, list[Row]]:
     return grouped
 
 
+def against_plain(rows: list[Row]) -> list[Row]:
+    """The rows with ``time_ratio``: time per token in units of plain's with the same seed; None where there is none."""
+    plain = {row["seed"]: row["tokens_per_s"] for row in rows if row["method"] == "plain"}
+    return [
+        row | {"time_ratio": plain[row["seed"]] / row["tokens_per_s"] if row["seed"] in plain else None} for row in rows
+    ]
+
+
 def mean(rows: list[Row], key: str) -> float:
     """The mean of one column."""
     return statistics.fmean(row[key] for row in rows)

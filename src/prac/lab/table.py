@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import statistics
+
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from prac.lab.results import Row, by_method, mean, spread
+from prac.lab.results import Row, by_method, mean
 from prac.memory.breakdown import size
 
-HEADINGS = ("method", "val loss", "perplexity", "kept for backward", "less kept", "peak memory", "tokens/s", "speed")
-SHORT = ("method", "val loss", "ppl", "kept", "less", "peak", "tokens/s", "speed")
+HEADINGS = (
+    "method", "val loss", "above plain", "perplexity", "kept for backward", "less kept", "peak memory", "tokens/s", "speed",
+)  # fmt: skip
+SHORT = ("method", "val loss", "− plain", "", "kept", "", "peak", "", "speed")  # "": no room in a terminal
 
 
 def cells(rows: list[Row]) -> list[tuple[str, ...]]:
-    """One line per method under :data:`HEADINGS`, means over its seeds; ± is their standard deviation."""
+    """One line per method under :data:`HEADINGS`, means over its seeds; ± is their standard deviation.
+
+    "Above plain" is the mean of the differences seed by seed, which share weights and data, and its own deviation.
+    """
     grouped = by_method(rows)
     plain = grouped.get("plain")
     lines: list[tuple[str, ...]] = []
     for method, runs in grouped.items():
-        deviation = spread(runs, "val_loss")
         less = f"{mean(plain, 'kept_bytes') / mean(runs, 'kept_bytes'):.2f}×" if plain else "–"
         speed = f"{mean(runs, 'tokens_per_s') / mean(plain, 'tokens_per_s'):.2f}×" if plain else "–"
+        gaps = above(runs, plain or [])
         lines.append(
             (
                 method,
-                f"{mean(runs, 'val_loss'):.3f}" + ("" if deviation is None else f" ± {deviation:.3f}"),
+                _spread([row["val_loss"] for row in runs], ".3f"),
+                _spread(gaps, "+.3f").replace("-", "−") if gaps and method != "plain" else "–",
                 f"{mean(runs, 'val_ppl'):.1f}",
                 size(mean(runs, "kept_bytes")),
                 less,
@@ -34,6 +42,17 @@ def cells(rows: list[Row]) -> list[tuple[str, ...]]:
             )
         )
     return lines
+
+
+def above(runs: list[Row], plain: list[Row]) -> list[float]:
+    """Validation losses less plain's of the same seed."""
+    losses = {row["seed"]: row["val_loss"] for row in plain}
+    return [row["val_loss"] - losses[row["seed"]] for row in runs if row["seed"] in losses]
+
+
+def _spread(values: list[float], form: str) -> str:
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{form}}{deviation}"
 
 
 def render(rows: list[Row], title: str) -> Table:
@@ -47,9 +66,10 @@ def render(rows: list[Row], title: str) -> Table:
         caption_justify="left",
     )
     for index, heading in enumerate(SHORT):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+        if heading:
+            table.add_column(heading, justify="right" if index else "left", no_wrap=True)
     for line in cells(rows):
-        table.add_row(*line)
+        table.add_row(*(cell for cell, heading in zip(line, SHORT, strict=True) if heading))
     return table
 
 

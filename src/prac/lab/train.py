@@ -143,6 +143,15 @@ def run(
     trainer.remove_callback(TensorBoardCallback)  # it would open a folder of its own
     val_loss = trainer.evaluate(blocks.validation)["eval_loss"]
     batch = {name: tensor.to(arguments.device) for name, tensor in next(iter(trainer.get_train_dataloader())).items()}
+    # A compiled model keeps what its graphs keep; the module inside of it has none.
+    trained = trainer.model_wrapped if method.compiled else model
+    kept = measure.kept_by_layer(trained, batch, arguments.bf16)
+    if arguments.world_size == 1:
+        step = measure.step(trained, batch, trainer.optimizer, arguments.bf16)
+        peak["peak_step_bytes"] = step.peak
+        if method.selective:  # its cache is out of sight of what counts by layer
+            rest = step.activations - sum(layer["bytes"] for layer in kept)
+            kept.append({"module": "", "block": None, "kind": "selective checkpoints", "bytes": rest})
     row = {
         "method": options.method,
         "seed": options.seed,
@@ -157,7 +166,7 @@ def run(
         "val_ppl": measure.perplexity(val_loss),
         "val_tokens": len(blocks.validation) * options.seq_len,
         "unigram_entropy": blocks.unigram_entropy,
-        "peak_bytes": peak.get("peak_cuda_bytes", peak["peak_process_bytes"]),
+        "peak_bytes": next(peak[name] for name in PEAKS if name in peak),
         **peak,
         "tokens_per_s": metrics.tokens_per_s,
         "train_s": metrics.elapsed,
@@ -167,7 +176,6 @@ def run(
         "threads": torch.get_num_threads(),
         "out": str(out),
     }
-    kept = measure.kept_by_layer(model, batch)
     row["kept_bytes"] = sum(layer["bytes"] for layer in kept)
     row["kept_tokens"] = batch["input_ids"].numel()
     details: dict[str, Any] = {"kept_by_layer": kept, "summary": None, "reconstruction_error": None}
@@ -201,6 +209,8 @@ def _chunk_loss(model: nn.Module, wanted: str) -> str:
     return "plain"
 
 
+# The first of these that there is: on CPU a process is mostly its libraries, so there a step is measured by itself.
+PEAKS = ("peak_cuda_bytes", "peak_step_bytes", "peak_process_bytes")
 CALIBRATION = 8  # batches, for bases that are made once
 
 

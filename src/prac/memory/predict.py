@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def predict(
     include: Filter | None = None,
     exclude: Filter | None = None,
     chunked_loss: bool = False,
+    offload: bool = False,
     optimizer: OptimizerFactory | None = adamw,
     autocast: torch.dtype | None = None,
     loss: Callable[[Any], Tensor] | None = None,
@@ -58,6 +60,8 @@ def predict(
         include: compress only these layers, as :func:`prac.compress` takes it.
         exclude: leave these layers alone, likewise.
         chunked_loss: train without logits (:class:`prac.ChunkedLoss`).
+        offload: as if what autograd saves went to another memory until backward asks for it, as with torch's
+            ``save_on_cpu``; saved one by one, so a tensor that is saved twice comes back twice.
         optimizer: makes the optimizer, or several, for a model; None to leave it and its state out.
         autocast: run the forward pass under autocast to this dtype.
         loss: the scalar to differentiate, of the model's output; by default its ``loss``, or itself.
@@ -78,7 +82,8 @@ def predict(
         if config is not None:
             compress(model, config, include=include, exclude=exclude)
         model.train()
-        optimizers = [] if optimizer is None else _started(optimizer, model)
+        step = partial(_factored_gradients, model, batch, loss, autocast) if _is_factored(model) else None
+        optimizers = [] if optimizer is None else _started(optimizer, model, step)
         tracker = Tracker(model)
         tracker.label(model.buffers(), "parameters")
         tracker.label(model.parameters(), "parameters")
@@ -91,8 +96,7 @@ def predict(
             if p.requires_grad
         ]
         with tracker:
-            context = nullcontext() if autocast is None else torch.autocast("cpu", autocast)
-            with context:
+            with _autocast(autocast), _elsewhere() if offload else nullcontext():
                 value = loss_of(call(model, batch), loss)
             tracker.label(subspaces(model), "subspaces")
             end_of_forward = tracker.now()
@@ -108,14 +112,46 @@ def predict(
     return Breakdown(tracker.highest, tracker.peak_where, tracker.at(tracker.peak_time), kept)
 
 
-def _started(make: OptimizerFactory, model: nn.Module) -> list[Optimizer]:
+def _started(make: OptimizerFactory, model: nn.Module, gradients: Callable[[], None] | None = None) -> list[Optimizer]:
     """The optimizers after a first step, with all of their state."""
     made = make(model)
     optimizers = [made] if isinstance(made, Optimizer) else list(made)
+    if gradients is not None:
+        gradients()
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     for each in optimizers:
         each.step()
         each.zero_grad(set_to_none=True)
     return optimizers
+
+
+def _is_factored(model: nn.Module) -> bool:
+    estimators = (e for m in model.modules() if isinstance(m, Compressed) for e in m.estimators.values())
+    return any(getattr(e, "factored", False) for e in estimators)
+
+
+def _factored_gradients(
+    model: nn.Module, batch: Example, loss: Callable[[Any], Tensor] | None, autocast: torch.dtype | None
+) -> None:
+    """Those of a step: an optimizer may make its state as narrow as they are."""
+    with _autocast(autocast):
+        value = loss_of(call(model, batch), loss)
+    value.backward()
+
+
+def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
+
+
+def _elsewhere() -> AbstractContextManager[Any]:
+    """What is saved takes no memory here until it is asked for."""
+
+    def away(tensor: Tensor) -> tuple[Any, ...]:
+        return tensor.size(), tensor.stride(), tensor.dtype
+
+    def back(saved: tuple[Any, ...]) -> Tensor:
+        return torch.empty_strided(saved[0], saved[1], dtype=saved[2], device="cpu")
+
+    return torch.autograd.graph.saved_tensors_hooks(away, back)

@@ -14,8 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prac import fused
+from prac.factored import FactoredGradient
 from prac.memory.kinds import kinds
 from prac.structure import running
+
+
+def parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The tensors that hold its numbers: those of a gradient in factors are two."""
+    return (tensor.coefficients_OR, tensor.basis_NR) if isinstance(tensor, FactoredGradient) else (tensor,)
 
 
 @dataclass
@@ -74,7 +80,10 @@ class Tracker(TorchDispatchMode):
         """Say what tensors are for; those not seen before are taken in."""
         for tensor in tensors:
             if tensor is not None:
-                self._piece(tensor).kind = kind
+                first, *basis = parts(tensor)
+                self._piece(first).kind = kind
+                for part in basis:  # there for others already
+                    self._piece(part).kind = self._piece(part).kind or kind
 
     def name_rest(self) -> None:
         """At the end of forward: what is alive and was not saved through autograd is kept by other means.
@@ -115,6 +124,8 @@ class Tracker(TorchDispatchMode):
         self._stack.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if FactoredGradient in types:
+            return NotImplemented  # its factors come by in a moment
         out = func(*args, **(kwargs or {}))
         if not self._paused:
             self._take_in(out)
@@ -134,7 +145,8 @@ class Tracker(TorchDispatchMode):
     def _take_in(self, tree: Any) -> None:
         for tensor in tree_leaves(tree):
             if isinstance(tensor, Tensor):
-                self._piece(tensor)
+                for part in parts(tensor):
+                    self._piece(part)
 
     def _piece(self, tensor: Tensor) -> Piece:
         storage = tensor.untyped_storage()

@@ -1,0 +1,168 @@
+"""Figures for many methods at once: what each costs in memory, time and loss."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+import matplotlib
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from prac.lab.plots import INK, PALETTE, STYLE, svg
+from prac.lab.results import Row, by_method, mean
+from prac.lab.table import above
+
+MANY = 4  # from so many methods on, these are drawn
+
+
+def frontier(rows: list[Row]) -> str:
+    """Peak memory against time per token, both in units of plain's, coloured by the loss above plain's.
+
+    The line joins the methods that nothing beats in both among those whose loss is not seen to be above plain's:
+    by no more than twice the standard error of the difference, or 0.01.
+    """
+    grouped = by_method(rows)
+    plain = grouped["plain"]
+    points = {name: point(runs, plain) for name, runs in grouped.items()}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.6, 5.2), layout="constrained")
+        axes = figure.subplots()
+        gaps = [point["gap"] for point in points.values()]
+        top = max(0.05, sorted(gaps)[-1] if len(gaps) < 4 else sorted(gaps)[-2])  # one outlier takes no colours away
+        look: dict[str, Any] = {"cmap": "viridis_r", "norm": Normalize(0, top)}
+        best = sorted((p["time"], p["peak"]) for p in points.values() if p["harmless"])
+        line: list[tuple[float, float]] = []
+        for time, peak in best:
+            if not line or peak < line[-1][1]:
+                line.append((time, peak))
+        axes.plot(*zip(*line, strict=True), color=INK, linewidth=1, linestyle=":", zorder=1)
+        dots = axes.scatter(
+            [p["time"] for p in points.values()], [p["peak"] for p in points.values()], c=gaps, s=75, zorder=3,
+            edgecolors=[INK if p["harmless"] else "none" for p in points.values()], linewidths=1.3, **look,
+        )  # fmt: skip
+        for p in points.values():
+            axes.errorbar(p["time"], p["peak"], xerr=p["time_spread"], color=INK, linewidth=0.7, zorder=2)
+        _label(axes, {name: (p["time"], p["peak"]) for name, p in points.items()})
+        bar = figure.colorbar(dots, ax=axes, label="validation loss above plain (nats)", extend="max")
+        bar.outline.set_visible(False)
+        axes.axhline(1, color=INK, linewidth=0.6, alpha=0.4)
+        axes.axvline(1, color=INK, linewidth=0.6, alpha=0.4)
+        axes.set(
+            xlabel="time per token, plain = 1", ylabel="peak memory of a step, plain = 1", ylim=(0, None),
+            title="Left and low is good; ringed: no loss seen",
+        )  # fmt: skip
+        axes.margins(x=0.12)
+        return svg(figure)
+
+
+def _apart(values: list[float], distance: float) -> list[float]:
+    """Ascending places near ascending values, at least ``distance`` apart; crowds spread to both sides."""
+    groups: list[list[float]] = []
+    for value in values:
+        groups.append([value])
+        while (
+            len(groups) > 1
+            and statistics.fmean(groups[-1]) - statistics.fmean(groups[-2])
+            < distance * (len(groups[-1]) + len(groups[-2])) / 2
+        ):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [
+        statistics.fmean(group) + distance * (i - (len(group) - 1) / 2) for group in groups for i in range(len(group))
+    ]
+
+
+def point(runs: list[Row], plain: list[Row]) -> dict[str, Any]:
+    """A method's means against plain's: loss, time and peak, and whether its loss is seen to be higher."""
+    gaps = above(runs, plain)
+    error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
+    speeds = {row["seed"]: row["tokens_per_s"] for row in plain}
+    times = [speeds[row["seed"]] / row["tokens_per_s"] for row in runs if row["seed"] in speeds]
+    gap = statistics.fmean(gaps)
+    return {
+        "gap": gap,
+        "harmless": gap <= max(2 * error, 0.01),
+        "time": statistics.fmean(times),
+        "time_spread": statistics.stdev(times) if len(times) > 1 else 0.0,
+        "peak": mean(runs, "peak_bytes") / mean(plain, "peak_bytes"),
+    }
+
+
+def _label(axes: Any, points: dict[str, tuple[float, float]]) -> None:
+    """Names beside their points; of those that lie close together, one above the other."""
+    width = max(x for x, _ in points.values()) - min(x for x, _ in points.values()) or 1.0
+    height = max(y for _, y in points.values()) or 1.0
+    placed: list[tuple[float, float]] = []
+    for name, (x, y) in sorted(points.items(), key=lambda item: (item[1][1], item[1][0])):
+        at = y
+        while any(abs(x - px) < 0.16 * width and abs(at - py) < 0.042 * height for px, py in placed):
+            at += 0.008 * height
+        placed.append((x, at))
+        arrow = {"arrowstyle": "-", "color": INK, "linewidth": 0.4} if at - y > 0.02 * height else None
+        axes.annotate(name, (x, y), xytext=(x + 0.018 * width, at), va="center", fontsize=8.5, zorder=4,
+                      arrowprops=arrow)  # fmt: skip
+
+
+# Kinds of kept_by_layer, in the order in which they are stacked.
+KINDS = {
+    "linear": "#c8553d", "norm": "#2f6fb0", "activation": "#e08e79", "attention": "#6aa5a9",
+    "selective checkpoints": "#7fa650", "embedding, head, loss": "#b0a08a",
+}  # fmt: skip
+
+
+def kept(runs: list[dict[str, Any]]) -> str:
+    """Bytes kept for backward by kind of layer, a bar for each method."""
+    first: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        first.setdefault(run["method"], run)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.6, 1.1 + 0.27 * len(first)), layout="constrained")
+        axes = figure.subplots()
+        left = [0.0] * len(first)
+        for kind, colour in KINDS.items():
+            widths = [sum(row["bytes"] for row in run["kept"] if row["kind"] == kind) / 2**20 for run in first.values()]
+            if any(widths):
+                axes.barh(range(len(first)), widths, left=left, color=colour, height=0.74, label=kind, zorder=2)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        for index, total in enumerate(left):
+            axes.annotate(f"{total:.1f}", (total, index), xytext=(4, 0), textcoords="offset points", va="center",
+                          fontsize=8.5)  # fmt: skip
+        axes.set_yticks(range(len(first)), list(first))
+        axes.tick_params(axis="y", length=0)
+        axes.grid(visible=False, axis="y")
+        axes.invert_yaxis()
+        axes.margins(x=0.08, y=0.02)
+        axes.set(xlabel="MiB per micro-batch", title="Kept for backward, by kind of layer")
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8.5)
+        return svg(figure)
+
+
+def gaps(runs: list[dict[str, Any]]) -> str:
+    """Validation loss above plain's through training, the mean over seeds, a line for each method with its name."""
+    curves: dict[str, dict[int, dict[int, float]]] = {}
+    for run in runs:
+        points = {row["step"]: row["val_loss"] for row in run["metrics"] if "val_loss" in row}
+        curves.setdefault(run["method"], {})[run["seed"]] = points
+    plain = curves.pop("plain")
+    ends: list[tuple[float, str, str, float]] = []
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.6, 4.6), layout="constrained")
+        axes = figure.subplots()
+        for index, (method, by_seed) in enumerate(curves.items()):
+            colour = PALETTE[1 + index % (len(PALETTE) - 1)]
+            shared = [seed for seed in by_seed if seed in plain]
+            steps = [s for s in by_seed[shared[0]] if all(s in by_seed[k] and s in plain[k] for k in shared)]
+            means = [statistics.fmean(by_seed[k][step] - plain[k][step] for k in shared) for step in steps]
+            axes.plot(steps, means, "o-", color=colour, linewidth=1.5, markersize=3)
+            ends.append((means[-1], method, colour, steps[-1]))
+        low, high = axes.get_ylim()
+        ends.sort()
+        places = _apart([end[0] for end in ends], 0.045 * (high - low))
+        for at, (value, method, colour, step) in zip(places, ends, strict=True):
+            axes.annotate(method, (step, value), xytext=(1.02, at), textcoords=("axes fraction", "data"), color=colour,
+                          va="center", fontsize=8.5)  # fmt: skip
+        axes.axhline(0, color=INK, linewidth=0.8)
+        axes.margins(x=0.01)
+        axes.set(xlabel="optimizer step", ylabel="nats per token", title="Validation loss above plain training's")
+        return svg(figure)
