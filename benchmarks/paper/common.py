@@ -20,7 +20,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from prac import files
@@ -84,8 +84,8 @@ EPILOG = "Every other option goes to `prac train` as it is: --bf16, --tokenizer 
 
 
 def trainer(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """The options of a script that trains, with other defaults where it has some."""
-    parser = options(doc, **TRAINING | defaults)
+    """The options of a script that trains, with other defaults where it has some; those that are None it lacks."""
+    parser = options(doc, **{name: value for name, value in (TRAINING | defaults).items() if value is not None})
     parser.epilog = EPILOG
     return parser
 
@@ -272,6 +272,18 @@ def below(what: str, losses: Mapping[str, Mapping[int, float]], ours: str, their
 # --- what comes out --------------------------------------------------------------------------
 
 
+def document(
+    name: str, rows: list[results.Row], arguments: str, paper: str, ours: str, claims: Sequence[Claim]
+) -> dict[str, Any]:
+    """The JSON of an experiment."""
+    judged = [
+        {"what": c.what, "verdict": c.verdict, "bound": c.bound, "gap": None if c.gap is None else vars(c.gap)}
+        for c in claims
+    ]
+    said = {"arguments": arguments, "paper": paper, "ours": ours, "sentence": sentence(claims), "claims": judged}
+    return results.document(f"benchmarks/paper/{name}.py", rows) | said
+
+
 def save(
     name: str,
     out: Path,
@@ -280,7 +292,7 @@ def save(
     paper: str,
     ours: str,
     claims: Sequence[Claim],
-    table: Table,
+    table: RenderableType,
     figure: Callable[[], Figure] | None = None,
     **more: Any,
 ) -> None:
@@ -297,21 +309,15 @@ def save(
         figure: makes the plot.
         **more: what else is to be in the JSON.
     """
-    said = sentence(claims)
-    document = results.document(f"benchmarks/paper/{name}.py", rows)
-    document |= {"arguments": shlex.join(sys.argv[1:]), "paper": paper, "ours": ours, "sentence": said}
-    document |= {
-        "claims": [
-            {"what": c.what, "verdict": c.verdict, "bound": c.bound, "gap": c.gap and vars(c.gap)} for c in claims
-        ]
-    }
-    files.write_json(out / f"{name}.json", document | more)
+    written = document(name, rows, shlex.join(sys.argv[1:]), paper, ours, claims)
+    files.write_json(out / f"{name}.json", written | more)
     if figure is not None:
         with matplotlib.rc_context(plots.STYLE):
             files.write(out / f"{name}.svg", plots.on_white(plots.svg(figure())))
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
-    console.print(f"The paper: {paper}.\nOurs: {ours}.\n{said}", markup=False, highlight=False, soft_wrap=True)
+    said = f"The paper: {paper}.\nOurs: {ours}.\n{written['sentence']}"
+    console.print(said, markup=False, highlight=False, soft_wrap=True)
     console.print(f"{out / name}.json", markup=False, highlight=False, soft_wrap=True)
 
 

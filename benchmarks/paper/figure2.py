@@ -23,11 +23,10 @@ import common
 from common import Claim, Gap
 from matplotlib.figure import Figure
 from rich.console import Console
-from transformers import TrainerCallback
 
 from prac import files
 from prac.cli import parser as command_parser
-from prac.lab import command, measure, results, train
+from prac.lab import command, measure, results
 
 SHARES = (0.0, None, 0.1, 0.3, 1.0)  # of the steps; None for the first one
 LEVELS = (0.9, 0.95, 0.99)
@@ -38,36 +37,39 @@ def points(steps: int) -> list[int]:
     return sorted({1 if share is None else round(share * steps) for share in SHARES})
 
 
-class Spectra(TrainerCallback):
-    """Writes the spectrum after each of some steps."""
-
-    def __init__(self, path: Path, batch: dict[str, Any]) -> None:
-        self.path, self.batch, self.rows = path, batch, []
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        """Before the first step."""
-        self.on_step_end(args, state, control, model)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        """When it is time."""
-        if state.global_step in points(state.max_steps):
-            batch = {name: tensor.to(args.device) for name, tensor in self.batch.items()}
-            found = {"step": state.global_step} | measure.spectrum(model, measure.middle_linear(model), batch)
-            self.rows.append(found)
-            files.write_json(self.path, self.rows)
-
-
 def one(options: list[str], folder: Path) -> list[dict[str, Any]]:
     """Train, unless that is done, and return the spectra."""
+    from prac.lab import train
+
     path = folder / "spectra.json"
     given = command_parser().parse_args(["train", *options, "--save-every", "0", "--quiet"])
     wanted = command.options(given, "plain", given.seed[0])
     if not (folder / "result.json").exists() or not path.exists():
         _, blocks = train.prepare(wanted)
         batch = train.collate([blocks.validation[i] for i in range(min(len(blocks.validation), 64))])
-        train.run(wanted, folder, callbacks=[Spectra(path, batch)], overwrite=True)
+        train.run(wanted, folder, callbacks=[recorder(path, batch)], overwrite=True)
     found: list[dict[str, Any]] = results.read(path)
     return found
+
+
+def recorder(path: Path, batch: dict[str, Any]) -> Any:
+    """A callback that writes the spectrum after each of some steps."""
+    from transformers import TrainerCallback
+
+    rows: list[dict[str, Any]] = []
+
+    class Spectra(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+            self.on_step_end(args, state, control, model)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+            if state.global_step in points(state.max_steps):
+                inputs = {name: tensor.to(args.device) for name, tensor in batch.items()}
+                found = measure.spectrum(model, measure.middle_linear(model), inputs)
+                rows.append({"step": state.global_step} | found)
+                files.write_json(path, rows)
+
+    return Spectra()
 
 
 def facts(row: dict[str, Any]) -> dict[str, float]:

@@ -5,8 +5,8 @@ r"""Figure 4: loss against model size, with and without compression, and the pow
     python benchmarks/paper/figure4.py --sizes llama-35m llama-60m llama-130m llama-350m --ratio 20 --batch-size 128 \
         --data allenai/c4:en --tokenizer t5-base --max-tokens 7400000000 --bf16 --workers 1      # as the paper
 
-Every size is trained on as many tokens for each of its parameters. The paper has 20; the default is 2, and four sizes of
-0.2 to 2.2 million parameters with a vocabulary of 1,024, since that is what two cores can do in an hour: far from
+Every size is trained on as many tokens for each of its parameters. The paper has 20; the default is 2, and four sizes
+of 0.2 to 2.2 million parameters with a vocabulary of 1,024, since that is what two cores can do in an hour: far from
 where models stop to gain from more text, so the exponent is not the paper's. What can be compared is the exponent with
 and without compression. L = a N^-b is fitted to the logarithms, without a floor; so few points over one decade cannot
 tell a law with a floor from one without.
@@ -25,7 +25,7 @@ from common import Claim, Gap
 from matplotlib.figure import Figure
 
 from prac.cli import parser as command_parser
-from prac.lab import command, models, train
+from prac.lab import command, models
 
 SIZES = ["llama-64x2", "llama-96x3", "llama-128x4", "llama-192x4"]
 METHODS = ["plain", "paper", "lean"]
@@ -64,6 +64,8 @@ def fit(sizes: Sequence[float], losses: Sequence[float]) -> PowerLaw:
 
 def parameters(size: str, more: list[str]) -> tuple[int, int]:
     """How many a size has, and tokens in a block."""
+    from prac.lab import train
+
     options = command.options(command_parser().parse_args(["train", "--model", size, *more]), "plain", 0)
     tokenizer, _ = train.prepare(options)
     with torch.device("meta"):
@@ -88,13 +90,12 @@ def draw(points: dict[str, list[tuple[int, float]]], laws: dict[str, PowerLaw]) 
 
 
 def main() -> None:
-    parser = common.trainer(__doc__, methods=METHODS, seeds=[0])
-    parser.set_defaults(model=None, steps=None)
+    parser = common.trainer(__doc__, methods=METHODS, seeds=[0], model=None, steps=None)
     parser.add_argument("--sizes", nargs="+", default=SIZES, help=f"models (default: {' '.join(SIZES)})")
     parser.add_argument("--ratio", type=float, default=2.0, help="tokens for each parameter (default: 2)")
     parser.add_argument("--tokenizer", default="bpe:1024", help="as of `prac train` (default: bpe:1024)")
     arguments = common.parse(parser)
-    if arguments.model or arguments.steps:
+    if {"--model", "--steps"} & set(arguments.more):
         parser.error("--sizes and --ratio decide the models and the steps")
     arguments.more += ["--tokenizer", arguments.tokenizer]
     settings = {method: ["--method", method] for method in arguments.methods}

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from prac.cli import parser as command_parser
 from prac.clock import Clock
 from prac.config import Rank
-from prac.lab import checkpoints, command, measure, results, train
+from prac.lab import checkpoints, command, measure, results
 from prac.subspace import Subspace
 
 METHODS = ("PAC", "RAC", "PRAC")
@@ -44,6 +44,8 @@ def ranks(total: float) -> dict[str, Rank]:
 def activation(folder: Path, options: list[str], layer: str | None) -> tuple[str, Tensor, Tensor]:
     """The layer's name, its input X and its output's gradient dY, tokens × features, of a batch of validation text."""
     from transformers import AutoModelForCausalLM
+
+    from prac.lab import train
 
     checkpoint = checkpoints.newest(folder)
     if checkpoint is None:

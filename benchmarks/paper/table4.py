@@ -227,7 +227,8 @@ def main() -> None:
         low, high = row["time_quartiles"]
         table.add_row(
             row["method"], str(row["batch"]), f"{row['peak'] / 2**20:.0f}", f"{row['peak_ratio']:.2f}",
-            f"{row['step_s']:.2f} s", f"{row['time_ratio']:.2f}×", f"{low:.2f}–{high:.2f}", f"{row['refresh_share']:.1%}",
+            f"{row['step_s']:.2f} s", f"{row['time_ratio']:.2f}×", f"{low:.2f}–{high:.2f}",
+            f"{row['refresh_share']:.1%}",
         )  # fmt: skip
     base = PAPER["plain"][0]
     theirs = "; ".join(
