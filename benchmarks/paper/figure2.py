@@ -44,7 +44,9 @@ def one(options: list[str], folder: Path) -> list[dict[str, Any]]:
     path = folder / "spectra.json"
     given = command_parser().parse_args(["train", *options, "--save-every", "0", "--quiet"])
     wanted = command.options(given, "plain", given.seed[0])
-    if not (folder / "result.json").exists() or not path.exists():
+    if (folder / "result.json").exists() and path.exists():
+        train.run(wanted, folder, resume=True)  # which refuses the run if it is of other options
+    else:
         _, blocks = train.prepare(wanted)
         batch = train.collate([blocks.validation[i] for i in range(min(len(blocks.validation), 64))])
         train.run(wanted, folder, callbacks=[recorder(path, batch)], overwrite=True)

@@ -28,21 +28,20 @@ class Experiment:
     name: str
     title: str
     takes: str
-    options: str = ""
 
 
 EXPERIMENTS = (
-    Experiment("figure2", "Figure 2: spectrum of an activation through training", "TAKES"),
-    Experiment("table1", "Table 1: bias and variance, measured", "TAKES"),
+    Experiment("figure2", "Figure 2: spectrum of an activation through training", "about 6 minutes"),
+    Experiment("table1", "Table 1: bias and variance, measured", "about 10 minutes"),
     Experiment("table2", "Tables 2, 4, 9: memory, predicted", "4 minutes"),
-    Experiment("table2_loss", "Table 2: loss", "TAKES"),
-    Experiment("tables3_6", "Tables 3 and 6: bytes by operation", "TAKES"),
-    Experiment("figure3", "Figure 3: loss curves", "TAKES"),
-    Experiment("table4", "Table 4: time, and a larger batch", "TAKES"),
-    Experiment("figure4", "Figure 4: loss against size", "TAKES"),
-    Experiment("figure5", "Figure 5: PRAC, PAC, RAC", "TAKES"),
-    Experiment("table9", "Table 9, Figure 6: Muon and Adam-mini", "TAKES"),
-    Experiment("figure7", "Figure 7: the scale k", "TAKES"),
+    Experiment("table2_loss", "Table 2: loss", "about 35 minutes"),
+    Experiment("tables3_6", "Tables 3 and 6: bytes by operation", "1 minute"),
+    Experiment("figure3", "Figure 3: loss curves", "about 30 minutes"),
+    Experiment("table4", "Table 4: time, and a larger batch", "about 10 minutes"),
+    Experiment("figure4", "Figure 4: loss against size", "about an hour"),
+    Experiment("figure5", "Figure 5: PRAC, PAC, RAC", "about 35 minutes"),
+    Experiment("table9", "Table 9, Figure 6: Muon and Adam-mini", "about 30 minutes"),
+    Experiment("figure7", "Figure 7: the scale k", "about an hour"),
 )
 
 

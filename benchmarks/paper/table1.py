@@ -162,7 +162,8 @@ def main() -> None:
         layer, x, dy = activation(common.place(arguments) / name, wanted[name], arguments.layer)
         for method, rank in ranks(arguments.rank).items():
             progress = lambda draws, title=f"{name} {method}": track(draws, description=title, transient=True)  # noqa: E731
-            found = monte_carlo(x, dy, rank, arguments.draws, progress)
+            # Without random directions one draw is as the other.
+            found = monte_carlo(x, dy, rank, arguments.draws if rank.r2 else 4, progress)
             rows.append({"method": method, "seed": run["row"]["seed"], "layer": layer, "tokens": len(x)} | found)
 
     def each(method: str, value: Callable[[dict[str, Any]], float], what: str = "x") -> list[float]:
