@@ -222,7 +222,7 @@ def claims(found: list[dict[str, Any]]) -> list[Claim]:
         plain, prac = (best["2", model, method, "adamw", MODELS[model][0]] for method in ("plain", "paper"))
         theirs, ours = (1 - prac[key] / plain[key] for key in ("published", "peak_gb"))
         what = f"{model}: {ours:.0%} less where the paper has {theirs:.0%}, short by"
-        made.append(Claim(what, Gap.exact(theirs - ours), 0.03, "{:+.2f}"))
+        made.append(Claim(what, Gap.exact(theirs - ours), 0.03, "{:+.3f}"))
     return made
 
 
