@@ -106,7 +106,7 @@ def test_predicted_as_measured_with_gradients_in_factors() -> None:
     ],
 )
 def test_table_2(model: str, method: str, loss: str, exclude: tuple[str, ...] | None, published: float) -> None:
-    """As the paper trained; all of it is in benchmarks/table2.py."""
+    """As the paper trained; all of it is in benchmarks/paper/table2.py."""
     batch, length, dtype = (128, 256, "bf16") if model.startswith("llama") else (32, 1024, "amp")
     setting = footprint.Setting(model, batch, length, dtype, exclude=exclude)
     found = footprint.one(setting, method, loss, "galore" if method == "galore" else "adamw")

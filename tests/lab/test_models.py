@@ -35,6 +35,36 @@ def test_tiny_is_wide_enough_to_compress():
     assert size.hidden % size.heads == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "hidden", "intermediate", "heads", "layers"),
+    [("llama-128x4", 128, 352, 4, 4), ("llama-96x3", 96, 256, 3, 3), ("llama-32x1", 32, 96, 1, 1)],
+)
+def test_sizes_by_width_and_layers(name, hidden, intermediate, heads, layers):
+    assert name in models.SIZES
+    assert name not in list(models.SIZES)
+    size = models.SIZES[name]
+    assert (size.hidden, size.intermediate, size.heads, size.layers) == (hidden, intermediate, heads, layers)
+    assert models.recipe(name) == models.recipe("llama-tiny")
+    models.check(name)
+    with torch.device("meta"):
+        network = models.build(name, Vocabulary(1000), 128)
+    block = 4 * hidden**2 + 3 * hidden * intermediate + 2 * hidden
+    assert sum(p.numel() for p in network.parameters()) == layers * block + 2 * 1000 * hidden + hidden
+
+
+@pytest.mark.parametrize("name", ["llama-100x4", "llama-0x4", "llama-64x0"])
+def test_a_size_that_no_model_has_says_what_it_may_be(name):
+    with pytest.raises(ValueError, match=f"{name}: in llama-HIDDENxLAYERS, HIDDEN is a multiple of 32"):
+        models.check(name)
+
+
+@pytest.mark.parametrize("name", ["llama-128", "llama-128x", "llama-128x4x2", "gpt2-128x4"])
+def test_other_names_are_no_sizes(name):
+    assert name not in models.SIZES
+    with pytest.raises(KeyError):
+        models.SIZES[name]
+
+
 def test_an_unknown_model_lists_the_sizes():
     with pytest.raises(ValueError, match=r"unknown model 'llama-tinny': choose llama-tiny, llama-35m"):
         models.check("llama-tinny")

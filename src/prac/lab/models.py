@@ -2,10 +2,13 @@
 
 >>> SIZES["llama-130m"].hidden
 768
+>>> SIZES["llama-128x4"].layers
+4
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,13 +49,44 @@ class Size:
     recipe: Recipe
 
 
+class _Sizes(dict[str, Size]):
+    """Sizes by name; also finds ``llama-HIDDENxLAYERS``, which it does not list."""
+
+    def __missing__(self, name: str) -> Size:
+        if (size := _by_shape(name)) is None:
+            raise KeyError(name)
+        return size
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (isinstance(name, str) and _by_shape(name) is not None)
+
+
+def _by_shape(name: str) -> Size | None:
+    """``llama-128x4``: a LLaMA of width 128 with 4 layers and heads of 32, trained like ``llama-tiny``.
+
+    Raises:
+        ValueError: if the name has this form and no model does.
+    """
+    found = re.fullmatch(r"llama-(\d+)x(\d+)", name)
+    if found is None:
+        return None
+    hidden, layers = int(found[1]), int(found[2])
+    if hidden < 32 or hidden % 32 or layers < 1:
+        raise ValueError(
+            f"{name}: in llama-HIDDENxLAYERS, HIDDEN is a multiple of 32 (heads of 32), LAYERS at least 1."
+        )
+    intermediate = -(-8 * hidden // (3 * 16)) * 16
+    return Size("llama", hidden, intermediate, hidden // 32, layers, SIZES["llama-tiny"].recipe)
+
+
 # Appendix D.1: sequences of 256 (1024 for GPT-2), 512 a step. Table 2: micro-batches of 128 (64 and 32 for GPT-2).
 # Learning rates: one of the paper's grid for LLaMA, those of nanoGPT for GPT-2; the paper does not name its choices.
 def _llama(steps: int) -> Recipe:
     return Recipe(steps=steps, batch_size=128, grad_accum=4, seq_len=256, lr=1e-3)
 
 
-SIZES: dict[str, Size] = {
+SIZES: dict[str, Size] = _Sizes()
+SIZES |= {
     # Not in the paper: small enough for a laptop. A run this short needs subspaces that follow its first steps.
     "llama-tiny": Size("llama", 192, 512, 4, 4, Recipe(260, 16, 1, 128, 2e-3, interval=50, growth=0.1)),
     "llama-35m": Size("llama", 384, 1024, 8, 6, _llama(5_000)),
@@ -180,7 +214,8 @@ def check(model: str) -> None:
         AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"unknown model {model!r}: choose {', '.join(SIZES)}, or a folder or hub name of a model ({_line(error)})"
+            f"unknown model {model!r}: choose {', '.join(SIZES)}, llama-HIDDENxLAYERS, or a folder or hub name of a "
+            f"model ({_line(error)})"
         ) from error
 
 

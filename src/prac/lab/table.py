@@ -11,7 +11,8 @@ from prac.lab.results import Row, by_method, mean
 from prac.memory.breakdown import size
 
 HEADINGS = (
-    "method", "val loss", "above plain", "perplexity", "kept for backward", "less kept", "peak memory", "tokens/s", "speed",
+    "method", "val loss", "above plain", "perplexity", "kept for backward", "less kept", "peak memory",
+    "tokens/s", "speed",
 )  # fmt: skip
 SHORT = ("method", "val loss", "− plain", "", "kept", "", "peak", "", "speed")  # "": no room in a terminal
 

@@ -1,6 +1,6 @@
 """The memory of Tables 2, 4 and 9 of the paper: its numbers, what `prac memory` predicts for them, and ours.
 
-    python benchmarks/table2.py
+    python benchmarks/paper/table2.py
 
 The paper trains LLaMA with GaLore's code, whose loss takes the logits in bfloat16 (`half`), and GPT-2 as nanoGPT does,
 under autocast. Its own numbers for LLaMA fit if the SiLU's input is compressed, but the two factors of the product
@@ -8,29 +8,26 @@ after it are left to torch, which the paper does not say; the `paper` preset com
 predictions for the paper's method: `as published`, with the product left to torch, and the preset.
 
 Below, the same five models as transformers trains them (the loss takes the logits in float32), and without the logits
-(`chunked`). Writes `results/table2.json` and `results/table2.svg`.
+(`chunked`). `table2_loss.py` has the losses.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
-import matplotlib
+import common
+from common import Claim, Gap
 from matplotlib.figure import Figure
-from rich.console import Console
+from rich.console import Group
 from rich.progress import track
 from rich.table import Table
 
-from prac import files
-from prac.lab import footprint, plots, results
+from prac.lab import footprint, plots
 
-HERE = Path(__file__).parent / "results"
 # Micro-batch, tokens of a sequence, dtype.
 MODELS = {
     "llama-130m": (128, 256, "bf16"),
@@ -131,7 +128,7 @@ def predicted(way: Way) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def draw(found: list[dict[str, Any]]) -> str:
+def draw(found: list[dict[str, Any]]) -> Figure:
     """A group of bars for each model: as the paper trains it, with its numbers, and as we do."""
 
     def of(model: str, **wanted: Any) -> float:
@@ -148,28 +145,27 @@ def draw(found: list[dict[str, Any]]) -> str:
                                                                   "loss": "chunked"}),
     }  # fmt: skip
     theirs = {(w.model, w.method): w.published for w in PAPER if w.table == "2"}
-    with matplotlib.rc_context(plots.STYLE):
-        figure = Figure(figsize=(10, 4.4), layout="constrained")
-        axes = figure.subplots()
-        width = 0.84 / len(bars)
-        for index, (label, (colour, wanted)) in enumerate(bars.items()):
-            for place, model in enumerate(MODELS):
-                exact = wanted | ({"as_published": model.startswith("llama")} if wanted["method"] == "paper" else {})
-                height = of(model, **exact)
-                x = place + (index - (len(bars) - 1) / 2) * width
-                axes.bar(x, height, width * 0.92, label=label if not place else None, color=colour, zorder=2)
-                number = theirs.get((model, wanted["method"])) if exact.get("table") is None else None
-                if number is not None:
-                    axes.plot([x - width / 2, x + width / 2], [number] * 2, color=plots.INK, linewidth=1.8, zorder=3)
-                axes.annotate(f"{height:.0f}", (x, max(height, number or 0)), xytext=(0, 2), ha="center",
-                              textcoords="offset points", fontsize=7.5)  # fmt: skip
-        axes.plot([], [], color=plots.INK, linewidth=1.8, label="the paper's number")
-        names = [f"{model}\n{batch} × {length} tokens" for model, (batch, length, _) in MODELS.items()]
-        axes.set_xticks(range(len(MODELS)), names)
-        axes.set(ylabel="GB at the peak", title="Peak memory of a training step (the last four bars: without logits)")
-        axes.grid(axis="x", visible=False)
-        axes.legend(fontsize=8.5, loc="upper right", bbox_to_anchor=(1, 1.02))
-        return plots.on_white(plots.svg(figure))
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.84 / len(bars)
+    for index, (label, (colour, wanted)) in enumerate(bars.items()):
+        for place, model in enumerate(MODELS):
+            exact = wanted | ({"as_published": model.startswith("llama")} if wanted["method"] == "paper" else {})
+            height = of(model, **exact)
+            x = place + (index - (len(bars) - 1) / 2) * width
+            axes.bar(x, height, width * 0.92, label=label if not place else None, color=colour, zorder=2)
+            number = theirs.get((model, wanted["method"])) if exact.get("table") is None else None
+            if number is not None:
+                axes.plot([x - width / 2, x + width / 2], [number] * 2, color=plots.INK, linewidth=1.8, zorder=3)
+            axes.annotate(f"{height:.0f}", (x, max(height, number or 0)), xytext=(0, 2), ha="center",
+                          textcoords="offset points", fontsize=7.5)  # fmt: skip
+    axes.plot([], [], color=plots.INK, linewidth=1.8, label="the paper's number")
+    names = [f"{model}\n{batch} × {length} tokens" for model, (batch, length, _) in MODELS.items()]
+    axes.set_xticks(range(len(MODELS)), names)
+    axes.set(ylabel="GB at the peak", title="Peak memory of a training step (the last four bars: without logits)")
+    axes.grid(axis="x", visible=False)
+    axes.legend(fontsize=8.5, loc="upper right", bbox_to_anchor=(1, 1.02))
+    return figure
 
 
 def tables(found: list[dict[str, Any]]) -> list[Table]:
@@ -214,17 +210,44 @@ def tables(found: list[dict[str, Any]]) -> list[Table]:
     return [first, second]
 
 
+def claims(found: list[dict[str, Any]]) -> list[Claim]:
+    """That the paper's numbers are met, and that PRAC saves as much as the paper says."""
+    best = {}  # of two predictions for a number, the one as published
+    for row in found:
+        if row["published"] is not None:
+            best.setdefault(tuple(row[key] for key in ("table", "model", "method", "optimizer", "micro_batch")), row)
+    missed = [row for row in best.values() if abs(row["off"]) > TOLERANCE]
+    made = [Claim(f"numbers off by more than {TOLERANCE:.0%}", Gap.exact(len(missed)), 0.5, f"{{:.0f}} of {len(best)}")]
+    for model in MODELS:
+        plain, prac = (best["2", model, method, "adamw", MODELS[model][0]] for method in ("plain", "paper"))
+        theirs, ours = (1 - prac[key] / plain[key] for key in ("published", "peak_gb"))
+        what = f"{model}: {ours:.0%} less where the paper has {theirs:.0%}, short by"
+        made.append(Claim(what, Gap.exact(theirs - ours), 0.03, "{:+.3f}"))
+    return made
+
+
+PAPER_SAYS = "PRAC takes 27%, 30%, 36%, 20% and 21% less memory (" + ", ".join(MODELS) + ")"
+
+
+def ours(found: list[dict[str, Any]]) -> str:
+    """What is predicted for the five models."""
+    peaks: dict[tuple[str, str], float] = {}
+    for row in found:
+        if row["table"] == "2":
+            peaks.setdefault((row["model"], row["method"]), row["peak_gb"])
+    saved = (f"{1 - peaks[model, 'paper'] / peaks[model, 'plain']:.0%}" for model in MODELS)
+    return f"{', '.join(saved)} less, predicted"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+    arguments = common.options(__doc__).parse_args()
     ways = [*PAPER, *OURS]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         found = list(track(pool.map(predicted, ways), description="predicting", total=len(ways), transient=True))
-    results.write(HERE / "table2.json", "benchmarks/table2.py", found)
-    files.write(HERE / "table2.svg", draw(found))
-    console = Console(width=120)
-    for table in tables(found):
-        console.print(table)
+    common.save(
+        "table2", arguments.out, found, claims=claims(found), table=Group(*tables(found)), figure=lambda: draw(found),
+        paper=PAPER_SAYS, ours=ours(found),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
