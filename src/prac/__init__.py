@@ -6,6 +6,7 @@ handle = prac.compress(model)  # in place; any optimizer, any trainer, same stat
 print(handle.summary())
 """
 
+from prac.allocate import Allocation, allocate
 from prac.config import PRESETS, Bits, Config, Rank
 from prac.convert import compress
 from prac.handle import Handle
@@ -15,6 +16,7 @@ from prac.monitor import Monitor
 
 __all__ = [
     "PRESETS",
+    "Allocation",
     "Bits",
     "Breakdown",
     "ChunkedLoss",
@@ -22,6 +24,7 @@ __all__ = [
     "Handle",
     "Monitor",
     "Rank",
+    "allocate",
     "compress",
     "fit",
     "measure",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Kind = Literal["linear", "norm", "activation", "attention"]
@@ -135,6 +135,8 @@ class Config:
             generator, so the user's random state is never touched.
         min_width: layers with narrower inputs are left alone: there P would cost more
             than it saves (LoRA's second factor, for one).
+        layers: single linear layers and norms, by module name, that keep theirs otherwise than their kind does. Of
+            layers that share an input the first is named, of a norm group the norm. :func:`prac.allocate` fills it.
     """
 
     linear: Keep | None = Rank(0.3, 0.3)
@@ -147,6 +149,7 @@ class Config:
     growth: float = 0.0
     seed: int = 0
     min_width: int = 32
+    layers: dict[str, Keep] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for name in ("T1", "T2", "min_width"):
@@ -157,6 +160,9 @@ class Config:
             raise ValueError(f"growth must be finite and not negative (0 for fixed intervals), got {self.growth!r}.")
         if self.attention_bits not in (None, 4, 8):
             raise ValueError(f"attention_bits must be 4, 8 or None, got {self.attention_bits!r}.")
+        for name, keep in self.layers.items():
+            if not isinstance(keep, Rank | Bits):
+                raise ValueError(f"layers must give a Rank or Bits for each name, got {keep!r} for {name!r}.")
 
     def keep(self, kind: Kind) -> Keep | None:
         """How one kind of layer keeps its input, or None where that kind is left alone."""
@@ -176,7 +182,8 @@ class Config:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Config:
         """The inverse of :meth:`to_dict`."""
-        return cls(**{name: _keep(value) for name, value in data.items()})
+        layers = {name: _keep(value) for name, value in data.get("layers", {}).items()}
+        return cls(**{name: _keep(value) for name, value in data.items() if name != "layers"}, layers=layers)
 
 
 def _keep(value: Any) -> Any:
