@@ -8,6 +8,7 @@ bytes, the ranks and splits that `prac.allocate` chooses for the same seed's mod
 
 - warm: for the weights that plain training has after a few steps (`--warm`), the sum of squared errors of gradients;
 - warm, relative: the same, each tensor's error relative to its gradients, as Adam sees them;
+- warm, held out: the same once more, judged with bases of one half of the batch by the gradients of the other;
 - initial: as warm, for the weights at initialisation.
 
 Every difference is between two runs of the same seed. Writes `results/adaptive.json` and `results/adaptive.svg`.
@@ -50,6 +51,7 @@ POLICIES: dict[str, Config] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "warm": {"weights": "warm"},
     "warm, relative": {"weights": "warm", "relative": True},
+    "warm, held out": {"weights": "warm", "relative": True, "held_out": True},
     "initial": {"weights": "initial"},
 }
 
@@ -188,7 +190,7 @@ def _draw(rows: list[dict[str, Any]]) -> Figure:
     variants = ("uniform", *VARIANTS)
     for row in rows:
         index = variants.index(row["variant"])
-        y = policies.index(row["policy"]) + 0.14 * (index - (len(variants) - 1) / 2)
+        y = policies.index(row["policy"]) + 0.13 * (index - (len(variants) - 1) / 2)
         style = {"color": plots.PALETTE[index], "fmt": "o", "markersize": 5, "capsize": 2, "elinewidth": 0.8}
         label = row["variant"] if row["policy"] == policies[0] else None
         left.errorbar(row["loss_gap"], y, xerr=row["loss_gap_spread"], label=label, **style)

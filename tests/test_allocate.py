@@ -75,6 +75,7 @@ def test_predicted_variance_of_norm_groups_is_near_what_a_monitor_measures(bits:
     [
         (FAST, FAST, {"bits": ()}),
         (FAST, FAST, {"bits": (), "relative": True}),
+        (FAST, FAST, {"bits": (), "held_out": True}),
         (FAST, LEAN, {}),
         (LEAN, LEAN, {"rank_bits": ()}),
         (LEAN.replace(group=Rank(0.3, 0.3, bits=Bits(8))), LEAN, {"bits": (), "rank_bits": (8,)}),

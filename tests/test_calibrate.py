@@ -58,6 +58,7 @@ def test_what_is_measured_are_the_gradients_of_the_model(family: str, config: Co
         assert tensor.energy == pytest.approx(energies[tensor.name], rel=2e-3)
         gram_NN = tensor.x_MN.mT @ tensor.x_MN
         assert gram_NN.shape == tensor.second_NN.shape
+        torch.testing.assert_close(sum(half.gram_NN for half in tensor.halves), gram_NN, rtol=1e-3, atol=1e-3)
         assert tensor.weight_M.shape == tensor.x_MN.shape[:1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -10,7 +11,7 @@ from helpers import Steps, activations
 from torch import Tensor
 
 from prac.bases import principal_basis, random_complement
-from prac.calibrate import Measured
+from prac.calibrate import Half, Measured
 from prac.config import Bits, Rank
 from prac.options import Choices
 from prac.stored import Stored
@@ -88,7 +89,7 @@ def test_the_limits_of_the_formula() -> None:
         assert of_rank(found, r1, 0).item() == pytest.approx(bias, rel=1e-8, abs=1e-8)
     for r in range(1, 20):
         splits = {r1: of_rank(found, r1, r - r1).item() for r1 in range(min(r, 8))}
-        r1, variance = best_split(found, r, 7)
+        r1, variance = best_split([found], r, 7)
         assert variance == splits[r1] == min(splits.values())
 
 
@@ -142,3 +143,30 @@ def test_a_rank_with_a_rounded_product(bits: int, scaled: bool) -> None:
     values = torch.tensor(errors, dtype=torch.float64)
     bound = 0.1 * predicted + 4 * values.std().item() / len(errors) ** 0.5
     assert abs(values.mean().item() - predicted) <= bound
+
+
+def test_held_out_is_what_a_basis_of_one_half_loses_of_the_other() -> None:
+    x_MN, dy_MO, gamma_N = problem(60, 23)
+    rows = [slice(0, 30), slice(30, 60)]
+    halves = []
+    for half in rows:
+        d_ON = dy_MO[half].mT @ x_MN[half]
+        halves.append(Half(x_MN[half].mT @ x_MN[half], d_ON.mT @ d_ON))
+    whole = measured(x_MN, dy_MO, gamma_N)
+    choices = Choices(dataclasses.replace(whole, halves=tuple(halves)), held_out=True)
+    r1, r2 = 4, 5
+    lost, energy = 0.0, 0.0
+    for basis, of in (rows, rows[::-1]):
+        d_ON = dy_MO[of].mT @ x_MN[of]
+        q1_NR = principal_basis(x_MN[basis].mT @ x_MN[basis], r1)
+        generator = torch.Generator().manual_seed(0)
+        errors = []
+        for _ in range(1000):
+            q2_NR = random_complement(q1_NR, r2, generator=generator)
+            off_ON = d_ON @ (q1_NR @ q1_NR.mT + (23 - r1) / r2 * q2_NR @ q2_NR.mT) - d_ON
+            errors.append((off_ON * gamma_N).square().sum())
+        lost += torch.stack(errors).mean().item()
+        energy += (d_ON * gamma_N).square().sum().item()
+    # Of 1,000 draws the mean is off by two percent; six is more than three standard errors.
+    assert choices.variance(Rank(r1, r2)) == pytest.approx(whole.energy * lost / energy, rel=0.06)
+    assert choices.variance(Bits(4)) == Choices(whole).variance(Bits(4))

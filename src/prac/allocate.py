@@ -101,6 +101,7 @@ def allocate(
     bits: Sequence[int | Bits] = (2, 4, 8, 16),
     rank_bits: Sequence[int | None] = (4, 8, 16),
     relative: bool = False,
+    held_out: bool = False,
     loss: Callable[[Any], Tensor] | None = None,
     autocast: torch.dtype | None = None,
     include: Filter | None = None,
@@ -115,8 +116,9 @@ def allocate(
     Up for choice are the x̂ of norm groups and of other norms that linear layers read (these in bits only), and the
     inputs that linear layers keep of their own. What a nonlinearity follows (g and u of an MLP, q and k) has no such
     formula and stays as ``config`` has it, and so do norms with ``group=None``. Left out is the noise in a norm's own
-    gradients, which for x̂ is small (:mod:`prac.ops.normed`), and that a basis ages between refreshes. Activations at
-    initialisation say little about training: calibrate after some steps.
+    gradients, which for x̂ is small (:mod:`prac.ops.normed`), and that a basis ages between refreshes; on tokens that it
+    was not made from, and ``held_out`` is about these, a rank of a small model was seen to lose several times as much.
+    Activations at initialisation say little about training: calibrate after some steps.
 
     Args:
         model: as for :func:`prac.compress`, not compressed yet.
@@ -129,6 +131,8 @@ def allocate(
             bits nearly always leave less variance; ranks take fewer operations.
         relative: minimise the mean of ‖G̃ − G‖² / ‖G‖² over tensors rather than the sum of ‖G̃ − G‖²: for optimizers
             such as Adam, whose steps do not depend on the size of a layer's gradients.
+        held_out: judge ranks by gradients of one half of the batch with bases of the other, as in the steps between
+            refreshes. By default both are of the whole batch, as in the step of a refresh; there it is exact.
         loss: the scalar to differentiate, of the model's output; by default its ``loss``, or itself.
         autocast: dtype of the forward pass.
         include: as for :func:`prac.compress`, which is then to be given the same.
@@ -151,7 +155,7 @@ def allocate(
     how: dict[str, Any] = {"include": include, "exclude": exclude, "example": batch if example is None else example}
     own, theirs = (_survey(model, each, how) for each in (base, policy))
 
-    tensors = _measure(model, base, own, batch, how, autocast=autocast, loss=loss)
+    tensors = _measure(model, base, own, batch, how, held_out, autocast=autocast, loss=loss)
     fixed = own.total - sum(tensor.bytes(own.keeps[name]) for name, tensor in tensors.items())
     limit = budget if isinstance(budget, int) else theirs.total
     energies = [max(tensor.measured.energy, torch.finfo(torch.float64).tiny) for tensor in tensors.values()]
@@ -218,7 +222,7 @@ def _keep(estimator: Estimator) -> Keep:
 
 
 def _measure(
-    model: nn.Module, base: Config, own: _Survey, batch: Example, how: dict[str, Any], **step: Any
+    model: nn.Module, base: Config, own: _Survey, batch: Example, how: dict[str, Any], held_out: bool, **step: Any
 ) -> dict[str, Choices]:
     """The tensors that are up for choice, by name."""
     # Norms go unnamed, so that those of groups are found by what is kept for groups.
@@ -228,7 +232,7 @@ def _measure(
         warnings.simplefilter("ignore")
         handle = compress(model, watched, **how)
     try:
-        tensors = [Choices(measured) for measured in calibrate(handle, batch, **step)]
+        tensors = [Choices(measured, held_out) for measured in calibrate(handle, batch, **step)]
     finally:
         handle.restore()
     if not tensors:

@@ -30,6 +30,13 @@ from prac.subspace import Subspace
 GROUP = Rank(1, 1)
 
 
+class Half(NamedTuple):
+    """Of one half of the batch's rows."""
+
+    gram_NN: Tensor  # XᵀX
+    second_NN: Tensor  # DᵀD
+
+
 @dataclass(frozen=True)
 class Measured:
     """A tensor that linear layers read, X (M × n), and the exact gradients dW_i = dY_iᵀX Γ of their weights."""
@@ -42,11 +49,16 @@ class Measured:
     itemsize: int  # of a value that is kept in full, as handle.summary() counts it: that of the weights
     ranked: bool  # whether it may be kept at a rank
     beside: int  # bytes per token that its readers keep as well where it is at a rank, for the norm's exact scalar
+    halves: tuple[Half, ...] = ()  # the two of the batch, each by itself
 
     @property
     def energy(self) -> float:
         """Σ_i ‖dW_i‖²."""
-        diagonal_N = self.second_NN.diagonal().double()
+        return self.energy_of(self.second_NN)
+
+    def energy_of(self, second_NN: Tensor) -> float:
+        """The same of any DᵀD."""
+        diagonal_N = second_NN.diagonal().double()
         return (diagonal_N if self.gamma_N is None else diagonal_N * self.gamma_N.double().square()).sum().item()
 
 
@@ -65,7 +77,8 @@ class Watch(Estimator):
     def __init__(self, clock: Clock, name: str) -> None:
         super().__init__(clock, name=name)
         self.inputs: dict[int, _Input] = {}
-        self.grads: list[Tensor] = []  # dY_iᵀX, one for each layer that reads it
+        # dY_iᵀX of the first and of the second half of the rows, for each layer that reads it.
+        self.grads: list[tuple[Tensor, Tensor]] = []
 
     def compress(self, x_MN: Tensor, dtype: torch.dtype) -> Kept:
         """(M, n), by reference where the dtype is that already."""
@@ -88,15 +101,22 @@ class Watch(Estimator):
         up.
         """
         seen = self.inputs.setdefault(x_MN.data_ptr(), _Input(x_MN))
-        dw_ON = dy_MO.mT @ x_MN.to(dy_MO.dtype)
         wide = seen.weight_M.dtype
+        halves = [dy.mT @ x.to(dy.dtype) for dy, x in zip(_halves(dy_MO), _halves(x_MN), strict=True)]
+        first_ON, second_ON = (half_ON.to(wide) for half_ON in halves)
         seen.weight_M += dy_MO.to(wide).square().sum(1)
         if seen.asked < len(self.grads):
-            self.grads[seen.asked] = self.grads[seen.asked] + dw_ON.to(wide)
+            before = self.grads[seen.asked]
+            self.grads[seen.asked] = (before[0] + first_ON, before[1] + second_ON)
         else:
-            self.grads.append(dw_ON.to(wide))
+            self.grads.append((first_ON, second_ON))
         seen.asked += 1
-        return dw_ON
+        return (first_ON + second_ON).to(dy_MO.dtype)
+
+
+def _halves(x_MN: Tensor) -> tuple[Tensor, Tensor]:
+    half = x_MN.shape[0] // 2
+    return x_MN[:half], x_MN[half:]
 
 
 class _Watched(NamedTuple):
@@ -218,7 +238,14 @@ def _measured(place: _Place, default: torch.dtype) -> Measured:
     inputs = [seen for seen in watch.inputs.values() if seen.asked]
     x_MN = torch.cat([seen.x_MN for seen in inputs]) if len(inputs) > 1 else inputs[0].x_MN
     weight_M = torch.cat([seen.weight_M for seen in inputs])
-    second_NN = gram_matrix(torch.cat(watch.grads))
+    second_NN = gram_matrix(torch.cat([first_ON + second_ON for first_ON, second_ON in watch.grads]))
+    halves = tuple(
+        Half(
+            torch.stack([gram_matrix(_halves(seen.x_MN)[i]) for seen in inputs]).sum(0),
+            gram_matrix(torch.cat([grads[i] for grads in watch.grads])),
+        )
+        for i in (0, 1)
+    )
     watch.grads.clear()
     for what, tensor in (("activations", x_MN), ("gradients", second_NN), ("gradients", weight_M)):
         if not torch.isfinite(tensor).all():
@@ -231,7 +258,7 @@ def _measured(place: _Place, default: torch.dtype) -> Measured:
         gamma_N = maker._prac_norm.scale(maker.weight, weight_M.dtype)
     weight = getattr(maker, "weight", None)
     itemsize = (default if weight is None else weight.dtype).itemsize
-    return Measured(watch.name, x_MN, weight_M, second_NN, gamma_N, itemsize, place.ranked, place.beside)
+    return Measured(watch.name, x_MN, weight_M, second_NN, gamma_N, itemsize, place.ranked, place.beside, halves)
 
 
 def _as_written(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:

@@ -25,13 +25,23 @@ class Choices:
     The variance of a rank, and that of rounding the tensor itself, are the closed forms of :mod:`prac.variance`. That
     of rounding Z comes on top, exactly so since the two errors are uncorrelated; it is taken for one draw of Q2 and
     :data:`TOKENS` evenly spaced tokens in place of their means, which is within a few percent of it.
+
+    With ``held_out`` the bases are those of one half of the batch and the gradients those of the other, and the other
+    way round: what a basis loses of tokens that it was not made from.
     """
 
-    def __init__(self, measured: Measured) -> None:
+    def __init__(self, measured: Measured, held_out: bool = False) -> None:
         self.measured = measured
-        self._tails = tails(gram_matrix(measured.x_MN), measured.second_NN, measured.gamma_N)
         gamma_N = measured.gamma_N
         self._square_N = None if gamma_N is None else gamma_N.square()
+        pairs, self._share = [(gram_matrix(measured.x_MN), measured.second_NN)], 1.0
+        if held_out:
+            first, second = measured.halves
+            pairs = [(first.gram_NN, second.second_NN), (second.gram_NN, first.second_NN)]
+            energies = sum(measured.energy_of(half.second_NN) for half in measured.halves)
+            self._share = measured.energy / energies if energies else 1.0
+        # Where there are two, their variances, which add up, are shares of the halves' own gradients.
+        self._tails = [tails(gram_NN, second_NN, gamma_N) for gram_NN, second_NN in pairs]
 
     @property
     def width(self) -> int:
@@ -50,7 +60,8 @@ class Choices:
         if isinstance(keep, Bits):
             return of_rounding(self.measured.x_MN, self.measured.weight_M, keep, self._square_N)
         r1, r2 = keep.resolve(self.width, self.measured.name)
-        return of_rank(self._tails, r1, r2, keep.k).item() + self._of_z(self._basis(r1, r2, keep.k), keep.bits)
+        of_ranks = self._share * sum(of_rank(each, r1, r2, keep.k).item() for each in self._tails)
+        return of_ranks + self._of_z(self._basis(r1, r2, keep.k), keep.bits)
 
     def option(self, keep: Keep) -> Option:
         """Both of them."""
@@ -77,7 +88,7 @@ class Choices:
             p_NR = self._basis(r1, r - r1, 1.0)
             for count in rank_bits:
                 keep = Rank(r1, r - r1, bits=None if count is None else Bits(count))
-                yield Option(keep, self.bytes(keep), variance + self._of_z(p_NR, keep.bits))
+                yield Option(keep, self.bytes(keep), self._share * variance + self._of_z(p_NR, keep.bits))
 
     def _is_unbiased(self, rank: Rank) -> bool:
         r1, r2 = rank.resolve(self.width)
@@ -85,7 +96,7 @@ class Choices:
 
     def _basis(self, r1: int, r2: int, k: float) -> Tensor:
         """P as :mod:`prac.subspace` has it, (n, r), for one Q2 out of a generator of its own."""
-        q1_NR = self._tails.basis_NN[:, :r1]
+        q1_NR = self._tails[0].basis_NN[:, :r1]
         if r2 == 0:
             return q1_NR
         generator = torch.Generator(q1_NR.device).manual_seed(0)

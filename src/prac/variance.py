@@ -14,7 +14,8 @@ so that, with S = A Γ² A,
     E‖off‖² = (k² (a + b) − 2 k r/p + 1) ‖D A Γ‖² + k² b tr(A Γ²) ‖D A‖²
 
 exactly; without γ and for k = p/r this is Theorem 13's ``(k − 1) ‖D A‖²``. For the right singular vectors v_j of X all
-three quantities are sums over j > r1. So XᵀX and DᵀD give the variance of every (r1, r2).
+three quantities are sums over j > r1. So XᵀX and DᵀD give the variance of every (r1, r2). It holds for any Q1, so XᵀX
+may also be that of other tokens than D is of, as it is for a basis that is kept for some steps.
 
 **From rounding** without bias a value between two codes that are a step s apart has the variance ``s² f (1 − f)``, f
 being where it lies between them: s²/6 on average. Roundings are uncorrelated (:func:`prac.storage.dither`), so
@@ -24,6 +25,7 @@ being where it lies between them: s²/6 on average. Roundings are uncorrelated (
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -83,10 +85,13 @@ def of_rank(tails: Tails, r1: int | Tensor, r2: int | Tensor, k: float = 1.0) ->
     return (own * tails.scaled[r1] + k0.square() * b * tails.scale[r1] * tails.plain[r1]).clamp_min(0)
 
 
-def best_split(tails: Tails, r: int, most: int) -> tuple[int, float]:
-    """The r1 of a rank r = r1 + r2 with the least variance, at most ``most`` and with r2 > 0, and that variance."""
+def best_split(tails: Sequence[Tails], r: int, most: int) -> tuple[int, float]:
+    """The r1 of a rank r = r1 + r2 with the least variance, at most ``most`` and with r2 > 0, and that variance.
+
+    Of several ``tails`` the variances add up.
+    """
     r1 = torch.arange(min(r - 1, most) + 1)
-    variance = of_rank(tails, r1, r - r1)
+    variance = torch.stack([of_rank(each, r1, r - r1) for each in tails]).sum(0)
     best = int(variance.argmin())
     return best, variance[best].item()
 
