@@ -63,7 +63,7 @@ def test_without_a_norm_it_is_the_paper_s_formula(shape: tuple[int, int]) -> Non
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("r1", "r2", "k"), [(4, 5, 1.0), (0, 3, 1.0), (6, 2, 1.0), (3, 7, 0.6), (9, 1, 1.0)])
 def test_behind_a_norm_s_scale_it_is_the_mean_over_draws(shape: tuple[int, int], r1: int, r2: int, k: float) -> None:
-    """1,000 draws of Q2; four standard errors are a false alarm once in 16,000."""
+    """500 draws of Q2; four standard errors are a false alarm once in 16,000."""
     x_MN, dy_MO, gamma_N = problem(*shape)
     n, d_ON = shape[1], dy_MO.mT @ x_MN
     found = tails(x_MN.mT @ x_MN, d_ON.mT @ d_ON, gamma_N)
@@ -71,7 +71,7 @@ def test_behind_a_norm_s_scale_it_is_the_mean_over_draws(shape: tuple[int, int],
     scale = k * (n - r1) / r2
     generator = torch.Generator().manual_seed(r1)
     errors = []
-    for _ in range(1000):
+    for _ in range(500):
         q2_NR = random_complement(q1_NR, r2, generator=generator)
         off_ON = d_ON @ (q1_NR @ q1_NR.mT + scale * q2_NR @ q2_NR.mT) - d_ON
         errors.append((off_ON * gamma_N).square().sum().item())
@@ -99,10 +99,10 @@ def test_the_limits_of_the_formula() -> None:
 @pytest.mark.parametrize("bits", [Bits(2), Bits(4), Bits(8), Bits(4, 7), Bits(2, 5)])
 @pytest.mark.parametrize("shape", [*SHAPES, (31, 70)])
 def test_rounding_is_the_mean_over_draws(bits: Bits, shape: tuple[int, int]) -> None:
-    """200 draws of the dither, on widths that no group divides."""
+    """100 draws of the dither, on widths that no group divides."""
     x_MN, dy_MO, gamma_N = problem(*shape)
     errors = []
-    for seed in range(200):
+    for seed in range(100):
         kept = Stored(bits, Steps(), unbiased=True, seed=seed, name="x").keep(x_MN)
         off_ON = (kept.weight_grad(dy_MO) - dy_MO.mT @ x_MN) * gamma_N
         errors.append(off_ON.square().sum().item())
@@ -136,7 +136,7 @@ def test_a_rank_with_a_rounded_product(bits: int, scaled: bool) -> None:
     keep = Rank(5, 6, bits=Bits(bits, 16))
     predicted = Choices(measured(x_MN, dy_MO, gamma)).variance(keep)
     errors = []
-    for seed in range(300):
+    for seed in range(200):
         dw_ON = Subspace(keep, Steps(), seed=seed, name="x").keep(x_MN).weight_grad(dy_MO)
         off_ON = (dw_ON - dy_MO.mT @ x_MN) * (1.0 if gamma is None else gamma)
         errors.append(off_ON.square().sum().item())
