@@ -7,6 +7,7 @@ print(handle.summary())
 """
 
 from prac import optim
+from prac.allocation import Allocation, allocate
 from prac.config import Bits, Config, Factors, Rank
 from prac.convert import compress
 from prac.factored import FactoredGradient
@@ -19,6 +20,7 @@ from prac.presets import PRESETS
 
 __all__ = [
     "PRESETS",
+    "Allocation",
     "Bits",
     "Breakdown",
     "ChunkedLoss",
@@ -28,6 +30,7 @@ __all__ = [
     "Handle",
     "Monitor",
     "Rank",
+    "allocate",
     "calibrate",
     "compress",
     "fit",

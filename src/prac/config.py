@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Kind = Literal["linear", "norm", "activation", "attention"]
@@ -171,6 +171,8 @@ class Config:
             generator, so the user's random state is never touched.
         min_width: layers with narrower inputs are left alone: there P would cost more
             than it saves (LoRA's second factor, for one).
+        layers: single linear layers and norms, by module name, that keep theirs otherwise than their kind does. Of
+            layers that share an input the first is named, of a norm group the norm. :func:`prac.allocate` fills it.
     """
 
     linear: Keep | None = Rank(0.3, 0.3)
@@ -184,6 +186,7 @@ class Config:
     factored: bool = False
     seed: int = 0
     min_width: int = 32
+    layers: dict[str, Keep] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for name in ("T1", "T2", "min_width"):
@@ -201,6 +204,9 @@ class Config:
                 "factored gradients come of linear layers that keep their own input at a rank: set linear to a Rank or "
                 f"Factors and group to None, got linear = {self.linear} and group = {self.group}."
             )
+        for name, keep in self.layers.items():
+            if not isinstance(keep, Rank | Bits | Factors):
+                raise ValueError(f"layers must give a Rank, Bits or Factors for each name, got {keep!r} for {name!r}.")
 
     def keep(self, kind: Kind) -> Keep | None:
         """How one kind of layer keeps its input, or None where that kind is left alone."""
@@ -220,7 +226,8 @@ class Config:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Config:
         """The inverse of :meth:`to_dict`."""
-        return cls(**{name: _keep(value) for name, value in data.items()})
+        layers = {name: _keep(value) for name, value in data.get("layers", {}).items()}
+        return cls(**{name: _keep(value) for name, value in data.items() if name != "layers"}, layers=layers)
 
 
 def _keep(value: Any) -> Any:

@@ -65,8 +65,8 @@ def compress(
 
     Raises:
         ValueError: nothing matched, the model is compressed already, the preset is unknown,
-            a rank does not fit a layer (the message names it), or the loss cannot be chunked. The
-            model is then unchanged.
+            a rank does not fit a layer (the message names it), ``config.layers`` names what keeps nothing, or
+            the loss cannot be chunked. The model is then unchanged.
 
     >>> model = nn.TransformerEncoderLayer(64, 4, 128, activation=nn.GELU())
     >>> handle = compress(model, "paper", example=torch.zeros(2, 8, 64))
@@ -114,7 +114,8 @@ def compress(
             return "output head"
         elif name in structure.per_sample:
             return "sees one row per sample, not per token"
-        if config.keep(kind) is None and not (config.group is not None and kind != "activation"):
+        by_kind = config.keep(kind) is None and not (config.group is not None and kind != "activation")
+        if by_kind and name not in config.layers:
             return f"the config leaves {kind} layers alone"
         if isinstance(parent, nn.MultiheadAttention):
             return "nn.MultiheadAttention uses its weights without calling it"
@@ -140,6 +141,7 @@ def compress(
 
     clock = Clock(model)
     layers = {name: plan.layer(name, clock) for name in chosen}
+    plan.check_named()
     # All that may raise comes before the model is changed, and the loss takes itself out again where it does not fit.
     chunked = ChunkedLoss(model) if loss == "chunked" else None
     for name, (match, estimators) in layers.items():

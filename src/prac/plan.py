@@ -53,6 +53,7 @@ class Plan:
             if self._keep(name) is None and name not in self._sources and name not in self.left_to_others:
                 self.left_to_others[name] = f"the config leaves {match.layer.kind} layers alone"
         self._leaders: dict[Any, Estimator] = {}
+        self._keeps_own: set[str] = set()  # of the layers made so far, those that config.layers may name
 
     def _settle_mlp(self, name: str) -> None:
         """An MLP takes over its activation; one without a gate only where it can run as one operation."""
@@ -102,7 +103,33 @@ class Plan:
         """For every layer that keeps no input of its own, where it has it from."""
         return self._sources
 
+    def check_named(self) -> None:
+        """Whether ``config.layers`` names what is kept; asked when every layer is made.
+
+        Raises:
+            ValueError: naming those that keep nothing of their own that a linear use follows, and why.
+        """
+        wrong = [f"{name} ({self._why_not(name)})" for name in self.config.layers if name not in self._keeps_own]
+        if wrong:
+            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            raise ValueError(
+                f"config.layers names what keeps no tensor of its own: {'; '.join(wrong[:5])}{more}. Name the norm of "
+                "a group, and of linear layers that share an input the first; handle.summary() shows which they are."
+            )
+
+    def _why_not(self, name: str) -> str:
+        if name not in self._matches or name in self.left_to_others:
+            return self.left_to_others.get(name, "no layer that is compressed")
+        if source := self._sources.get(name):
+            return f"has its input from {source.what}" + (f" of {source.name}" if source.name else "")
+        match = self._matches[name]
+        if match.layer.kind in ("activation", "attention"):
+            return f"{match.layer.kind}, kept as its kind is"
+        return f"shares the input of {self._leaders[self.structure.reads[name]].name}"
+
     def _keep(self, name: str) -> Keep | None:
+        if name in self.config.layers:
+            return self.config.layers[name]
         kind = self._matches[name].layer.kind
         if kind == "norm" and name in self._readers and self.qualifies(name):
             return self.config.group
@@ -138,6 +165,8 @@ class Plan:
             estimators[tensor] = (
                 self._leaders.setdefault(self.structure.reads[name], estimator) if shared else estimator
             )
+            if estimators[tensor] is estimator and match.layer.kind in ("linear", "norm"):
+                self._keeps_own.add(name)
         in_mlp = any(name in inside for inside in self._as_one.values())
         if source is not None and source.what == "x̂" and not in_mlp and isinstance(self._keep(source.name), Rank):
             anyway = name in self.structure.keeps_output and self.config.attention_bits is None

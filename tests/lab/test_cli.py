@@ -37,7 +37,7 @@ def test_bad_input_is_one_line(error, tmp_path):
     empty.touch()
     out = ("--out", str(tmp_path / "run"))
     assert "unknown model 'llama-7t': choose llama-tiny" in error("--model", "llama-7t", *out)
-    assert "invalid choice: 'papier'" in error("--method", "papier", *out)
+    assert "unknown method 'papier'; choose from plain" in error("--method", "papier", *out)
     assert "no file or folder missing.txt" in error("--data", "missing.txt", *out)
     assert "holds no text" in error("--data", str(empty), *out)
     assert "must be at most 1" in error("--linear", "1.5,0.2", *out)

@@ -1,0 +1,240 @@
+"""Ranks where they count: does `prac.allocate` train better than one rank for all, at the same bytes?
+
+    python benchmarks/adaptive.py                      # every run, then the figure; goes on where it stopped
+    python benchmarks/adaptive.py --seeds 0 --workers 1
+
+`llama-tiny` on the State of the Union speeches. Each policy keeps its tensors at one rank; against it, at no more
+bytes, the ranks and splits that `prac.allocate` chooses for the same seed's model, with Z in as many bits:
+
+- warm: for the weights that plain training has after a few steps (`--warm`), the sum of squared errors of gradients;
+- warm, relative: the same, each tensor's error relative to its gradients, as Adam sees them;
+- warm, held out: the same once more, judged with bases of one half of the batch by the gradients of the other;
+- initial: as warm, for the weights at initialisation.
+
+Every difference is between two runs of the same seed. Writes `results/adaptive.json` and `results/adaptive.svg`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import multiprocessing
+import os
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from transformers import TrainerCallback, set_seed
+
+import prac
+from prac import PRESETS, Bits, Config, Rank, files
+from prac.cli import parser as command_parser
+from prac.lab import models, plots, results, train
+from prac.lab.command import options as parse_options
+from prac.lab.options import Options
+
+HERE = Path(__file__).parent / "results"
+LEAN, PAPER = PRESETS["lean"], PRESETS["paper"].replace(norm=None, activation=None)
+POLICIES: dict[str, Config] = {
+    "norm groups, 0.2n in 8 bits": LEAN.replace(group=Rank(0.1, 0.1, bits=Bits(8))),
+    "norm groups, 0.6n in 8 bits": LEAN.replace(group=Rank(0.3, 0.3, bits=Bits(8))),
+    "linear layers, 0.3n": PAPER.replace(linear=Rank(0.15, 0.15)),
+    "linear layers, 0.6n": PAPER,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "warm": {"weights": "warm"},
+    "warm, relative": {"weights": "warm", "relative": True},
+    "warm, held out": {"weights": "warm", "relative": True, "held_out": True},
+    "initial": {"weights": "initial"},
+}
+
+
+class Snapshots(TrainerCallback):
+    """The weights before the first step and after ``warm`` steps, in the run's folder."""
+
+    def __init__(self, folder: Path, warm: int) -> None:
+        self.folder, self.warm = folder, warm
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Those at initialisation."""
+        if state.global_step == 0:
+            self._save(model, "initial")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Those after ``warm`` steps."""
+        if state.global_step == self.warm:
+            self._save(model, f"warm{self.warm}")
+
+    def _save(self, model: Any, name: str) -> None:
+        stream = io.BytesIO()
+        torch.save(model.state_dict(), stream)
+        files.write(self.folder / f"{name}.pt", stream.getvalue())
+
+
+def run(job: tuple[Options, Path, int]) -> float:
+    """Train, or take the result that is there; the final validation loss."""
+    options, folder, warm = job
+    torch.set_num_threads(1)
+    snapshots = [Snapshots(folder / "weights", warm)] if options.config is None else []
+    row = train.run(options, folder, resume=True, callbacks=snapshots)
+    print(f"{folder.name:50s} {row['val_loss']:.4f}", flush=True)
+    return float(row["val_loss"])
+
+
+def allocation(options: Options, weights: Path, policy: Config, how: dict[str, Any], blocks: int) -> prac.Allocation:
+    """What :func:`prac.allocate` chooses at the policy's bytes, ranks alone, for the weights in a file."""
+    tokenizer, data = train.prepare(options)
+    set_seed(options.seed)
+    model = models.build(options.model, tokenizer, options.seq_len)
+    model.load_state_dict(torch.load(weights, weights_only=True))
+    batch = train.collate([data.train[i] for i in range(blocks)])
+    rank = policy.linear if policy.group is None else policy.group
+    assert isinstance(rank, Rank)
+    z_bits = None if rank.bits is None else rank.bits.bits
+    return prac.allocate(model, batch, policy, policy, bits=(), rank_bits=(z_bits,), **how)
+
+
+def slug(*parts: Any) -> str:
+    return "-".join(str(part).replace(",", "").replace(" ", "-") for part in parts)
+
+
+def losses(arguments: argparse.Namespace) -> tuple[dict[tuple[str, str, int], float], dict[Any, prac.Allocation]]:
+    """The loss of every policy, variant and seed; plain training is the policy ``""``. And what was allocated."""
+    common = ["--steps", str(arguments.steps), "--batch-size", str(arguments.batch_size), "--eval-every", "0"]
+    parsed = command_parser().parse_args(["train", *common, "--save-every", "0", "--quiet"])
+    plain = {seed: parse_options(parsed, "plain", seed) for seed in arguments.seeds}
+    recipe = models.recipe("llama-tiny")
+    interval = {"T1": recipe.interval, "T2": recipe.interval, "growth": recipe.growth}
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    train.prepare(next(iter(plain.values())))
+    with ProcessPoolExecutor(arguments.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        folders = {seed: arguments.runs / slug("plain", f"seed{seed}") for seed in plain}
+        done = pool.map(run, [(plain[seed], folders[seed], arguments.warm) for seed in plain])
+        found = {("", "plain", seed): loss for seed, loss in zip(plain, done, strict=True)}
+
+        chosen: dict[tuple[str, str, int], prac.Allocation] = {}
+        configs: dict[tuple[str, str, int], Config] = {}
+        for name in arguments.policies:
+            policy = POLICIES[name].replace(**interval)
+            for seed in plain:
+                configs[name, "uniform", seed] = policy.replace(seed=seed)
+                for variant in VARIANTS:
+                    how = dict(VARIANTS[variant])
+                    at = how.pop("weights")
+                    file = folders[seed] / "weights" / (f"warm{arguments.warm}.pt" if at == "warm" else f"{at}.pt")
+                    key = (name, variant, seed)
+                    chosen[key] = allocation(plain[seed], file, policy, how, arguments.calibration_blocks)
+                    configs[key] = chosen[key].config.replace(seed=seed)
+        jobs = [
+            (dataclasses.replace(plain[seed], method="lean" if config.group else "paper", config=config),
+             arguments.runs / slug(name, variant, f"seed{seed}"), 0)
+            for (name, variant, seed), config in configs.items()
+        ]  # fmt: skip
+        found |= dict(zip(configs, pool.map(run, jobs), strict=True))
+    return found, chosen
+
+
+def rows_of(
+    found: dict[tuple[str, str, int], float], chosen: dict[Any, prac.Allocation], seeds: list[int], policies: list[str]
+) -> list[dict[str, Any]]:
+    """A row for each policy and variant; differences are paired by seed."""
+    rows = []
+    for name in policies:
+        for variant in ("uniform", *VARIANTS):
+            by_seed = {seed: found[name, variant, seed] for seed in seeds}
+            to_plain = [loss - found["", "plain", seed] for seed, loss in by_seed.items()]
+            to_uniform = [loss - found[name, "uniform", seed] for seed, loss in by_seed.items()]
+            mine = [chosen[name, variant, seed] for seed in seeds if variant != "uniform"]
+            rows.append(
+                {
+                    "policy": name,
+                    "variant": variant,
+                    "val_loss": by_seed,
+                    "plain_loss": {seed: found["", "plain", seed] for seed in seeds},
+                    "loss_gap": statistics.mean(to_plain),
+                    "loss_gap_spread": _spread(to_plain),
+                    "against_uniform": statistics.mean(to_uniform),
+                    "against_uniform_spread": _spread(to_uniform),
+                    "bytes_per_token": [each.bytes_per_token for each in mine],
+                    "budget": [each.budget for each in mine],
+                    # Of the gradients' predicted variance, allocated over uniform.
+                    "variance_ratio": [each.variance / (each.uniform_variance or 1.0) for each in mine],
+                    "layers": {seed: chosen[name, variant, seed].config.to_dict()["layers"] for seed in seeds if mine},
+                }
+            )
+    return rows
+
+
+def _spread(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def draw(rows: list[dict[str, Any]]) -> str:
+    """Loss above plain training, and above uniform ranks, for each policy."""
+    with matplotlib.rc_context(plots.STYLE):
+        return plots.on_white(plots.svg(_draw(rows)))
+
+
+def _draw(rows: list[dict[str, Any]]) -> Figure:
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    variants = ("uniform", *VARIANTS)
+    for row in rows:
+        index = variants.index(row["variant"])
+        y = policies.index(row["policy"]) + 0.13 * (index - (len(variants) - 1) / 2)
+        style = {"color": plots.PALETTE[index], "fmt": "o", "markersize": 5, "capsize": 2, "elinewidth": 0.8}
+        label = row["variant"] if row["policy"] == policies[0] else None
+        left.errorbar(row["loss_gap"], y, xerr=row["loss_gap_spread"], label=label, **style)
+        if index:
+            right.errorbar(row["against_uniform"], y, xerr=row["against_uniform_spread"], **style)
+    for axes, label in ((left, "plain training"), (right, "uniform ranks")):
+        axes.axvline(0, color=plots.INK, linewidth=0.6)
+        axes.set(xlabel=f"validation loss above {label} (nats)")
+    left.set_yticks(range(len(policies)), policies)
+    left.invert_yaxis()
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8, title="ranks")
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=260, help="optimizer steps (default: 260)")
+    parser.add_argument("--batch-size", type=int, default=8, help="blocks of 128 tokens per step (default: 8)")
+    parser.add_argument("--warm", type=int, default=20, help="steps of plain training before calibration (default: 20)")
+    parser.add_argument("--calibration-blocks", type=int, default=32, help="of 128 tokens (default: 32)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES))
+    parser.add_argument("--runs", type=Path, default=Path("runs/adaptive"), help="run folders go here")
+    parser.add_argument("--out", type=Path, default=HERE, help="the JSON and the figure go here")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, each on one thread (default: 2)")
+    arguments = parser.parse_args()
+    if arguments.warm > arguments.steps:
+        parser.error(f"--warm {arguments.warm} is more than --steps {arguments.steps}")
+
+    found, chosen = losses(arguments)
+    rows = rows_of(found, chosen, arguments.seeds, arguments.policies)
+    table = Table(title=f"llama-tiny, {arguments.steps} steps, seeds {arguments.seeds}: ranks by prac.allocate")
+    for column in ("policy", "ranks", "loss − plain", "±", "loss − uniform", "±", "variance / uniform"):
+        table.add_column(column, justify="left" if column in ("policy", "ranks") else "right")
+    for row in rows:
+        ratio = f"{statistics.mean(row['variance_ratio']):.3f}" if row["variance_ratio"] else "1"
+        table.add_row(
+            row["policy"], row["variant"], f"{row['loss_gap']:+.4f}", f"{row['loss_gap_spread']:.4f}",
+            f"{row['against_uniform']:+.4f}", f"{row['against_uniform_spread']:.4f}", ratio,
+        )  # fmt: skip
+    results.write(arguments.out / "adaptive.json", "benchmarks/adaptive.py", rows)
+    files.write(arguments.out / "adaptive.svg", draw(rows))
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()
