@@ -15,7 +15,7 @@ from prac.layers import Compressed
 from prac.replay import Call
 
 
-@pytest.mark.parametrize("preset", ["paper", "lean", "fast"])
+@pytest.mark.parametrize("preset", ["paper", "lean", "fast", "loract", "co-compression"])
 def test_a_monitored_run_is_the_same_run(preset):
     ends = []
     for monitored in (False, True):

@@ -68,7 +68,6 @@ class Decomposed(Estimator):
         super().__init__(clock, name=name, seed=seed)
         self.factors, self.factored, self.width = factors, factored, width
         self.rank = 0 if width is None else factors.resolve(width, name)
-        self.draws = (0, 0)  # the step, and how often it drew in it
 
     def compress(self, x_MN: Tensor, dtype: torch.dtype) -> Kept:
         """The factors of (M, n). The rank is at most M: so few tokens are kept in full."""
@@ -85,9 +84,7 @@ class Decomposed(Estimator):
 
     def _basis(self, x_TS: Tensor) -> Tensor:
         """An orthonormal basis (S, r) of about the leading right singular vectors of a tall matrix (T, S)."""
-        step, count = self.draws
-        self.draws = (self.clock.step, count + 1 if step == self.clock.step else 0)
-        generator = self.generator(self.draws, x_TS.device)
+        generator = self.next_generator(x_TS.device)
         tall, short = x_TS.shape
         rank, work = min(self.rank, short), torch.promote_types(x_TS.dtype, torch.float32)
         if self.factors.sketch == "sampled":

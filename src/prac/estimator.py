@@ -80,6 +80,7 @@ class Estimator:
         self.clock, self.name, self.seed = clock, name, seed
         self.width: int | None = None
         self.observer: Callable[[Tensor, Kept], None] | None = None
+        self.draws = (0, 0)  # the step, and how often it drew in it
         self._last: _Last | None = None
 
     @torch.no_grad()
@@ -124,6 +125,12 @@ class Estimator:
         key = f"{self.seed}/{self.name}/{count}/{process()}".encode()
         seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
         return torch.Generator(device=device).manual_seed(seed)
+
+    def next_generator(self, device: torch.device) -> torch.Generator:
+        """A generator for the next draw of this step."""
+        step, count = self.draws
+        self.draws = (self.clock.step, count + 1 if step == self.clock.step else 0)
+        return self.generator(self.draws, device)
 
     def _recall(self, x: Tensor, key: tuple[Any, ...]) -> Kept | None:
         last = self._last

@@ -158,8 +158,7 @@ class Handle:
         if subspaces and all(s.p_NR is None for s in subspaces):
             raise RuntimeError("no subspace yet: run at least one training step first.")
         ready = [e for e in self._estimators() if not isinstance(e, Subspace) or e.p_NR is not None]
-        stored = [e.storage if isinstance(e, Subspace) else e for e in ready]
-        draws = [(e, e.draws) for e in stored if isinstance(e, Stored)]
+        draws = [(each, each.draws) for e in ready for each in ([e, e.storage] if isinstance(e, Subspace) else [e])]
         for estimator in ready:
             estimator.observer = functools.partial(look, estimator)
         try:

@@ -55,7 +55,6 @@ class Stored(Estimator):
     ) -> None:
         super().__init__(clock, name=name, seed=seed)
         self.bits, self.unbiased, self.width = bits, unbiased, width
-        self.draws = (0, 0)  # the step, and how often it drew in it
 
     def compress(self, x_MN: Tensor, dtype: torch.dtype) -> Kept:
         """Round (M, n)."""
@@ -71,9 +70,7 @@ class Stored(Estimator):
         """Fresh random numbers for m × n values; None where rounding is to nearest."""
         if not self.unbiased or self.bits is None or self.bits.bits >= 16:
             return None
-        step, count = self.draws
-        self.draws = (self.clock.step, count + 1 if step == self.clock.step else 0)
-        return dither(m, n, self.bits, device, self.generator(self.draws, device))
+        return dither(m, n, self.bits, device, self.next_generator(device))
 
     def label(self) -> str:
         """``4 bits``."""

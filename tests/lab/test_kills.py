@@ -101,6 +101,8 @@ def test_killed_twice(context, corpus_file, tmp_path, method):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", ["plain", *PRESETS])
+@pytest.mark.parametrize(
+    "method", ["plain", "lean", "fast", "small", "paper", "pac", "rac", "finetune", "loract", "rso"]
+)
 def test_killed_twenty_times(context, corpus_file, tmp_path, method):
     check(context, corpus_file, tmp_path, method, 20, compiled=True)

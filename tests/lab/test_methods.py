@@ -106,8 +106,8 @@ def test_optimizers_resume(name, options, tmp_path):
     assert again["val_loss"] == whole["val_loss"]
 
 
-def test_recipes_do_not_touch_bases_that_follow_nothing():
-    """A recipe's interval is for bases that follow activations; RSO's K, one-shot's never, are their own."""
+def test_recipes_reach_the_bases_that_they_are_for():
+    """A short run's interval is for every method's; what is made once or at every step stays so."""
     from prac.cli import parser
 
     def config(method):
@@ -115,8 +115,8 @@ def test_recipes_do_not_touch_bases_that_follow_nothing():
 
     tiny = models.recipe("llama-tiny")
     assert (config("paper").T1, config("paper").growth) == (tiny.interval, tiny.growth)
-    assert (config("rso").T2, config("rso").growth) == (200, 0.0)
-    assert config("one-shot").T1 is None
+    assert (config("rso").T2, config("rso").growth) == (tiny.interval, 0.0)
+    assert config("one-shot").T1 is None and config("co-compression-rp").T2 == 1
     assert command.options(parser().parse_args(["train"]), "galore", 0).lr == 4 * tiny.lr
 
 

@@ -165,10 +165,10 @@ def config(arguments: argparse.Namespace, method: str, seed: int) -> Config | No
         return None
     recipe = models.recipe(arguments.model)
     given = {"T1": arguments.T1, "T2": arguments.T2, "growth": arguments.growth, "min_width": arguments.min_width}
-    # A recipe speaks of bases that follow the activations. Those made once, at every step, or for the moments of an
-    # optimizer keep their own intervals.
-    follows = not own.factored and own.T1 is not None
-    defaults = {"T1": recipe.interval, "T2": recipe.interval, "growth": recipe.growth} if follows else {}
+    # A short run needs short intervals, whoever has them; but not bases that are made once, or at every step. That
+    # they grow is for those that follow the activations: an optimizer's moments have to get to know a subspace.
+    interval = None if own.T1 in (None, 1) else recipe.interval
+    defaults = {"T1": interval, "T2": interval, "growth": None if own.factored else recipe.growth}
     changes: dict[str, Any] = {"seed": seed if arguments.config_seed is None else arguments.config_seed}
     for source in (defaults, given):
         changes |= {field: value for field, value in source.items() if value is not None}

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from prac.lab import models
 from prac.lab.methods import GALORE_SCALE, Method
 from prac.optim import SubspaceAdamW
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 # GaLore's rank at 60M parameters and up, and what others in a subspace are given as well.
 RANK_SHARE = 4
+GALORE_INTERVAL = 200  # steps, where the recipe has none of its own for a short run
 BLOCKS = r".*\.\d+\..*"  # modules inside of blocks, as a regular expression
 
 
@@ -66,7 +68,7 @@ def is_matrix_of_a_block(name: str, p: nn.Parameter) -> bool:
     return p.dim() == 2 and any(part.isdigit() for part in name.split("."))
 
 
-def arguments(method: Method, model: nn.Module) -> dict[str, Any]:
+def arguments(method: Method, model: nn.Module, options: Options) -> dict[str, Any]:
     """What ``TrainingArguments`` have to say of the optimizer."""
     if method.optimizer != "galore":
         return {"optim": "adamw_torch"}
@@ -74,11 +76,12 @@ def arguments(method: Method, model: nn.Module) -> dict[str, Any]:
 
     torch.serialization.add_safe_globals([GaLoreProjector])  # its state holds some, and a checkpoint is to be read
     warnings.filterwarnings("ignore", "This implementation of AdamW is deprecated", FutureWarning)
+    interval = models.recipe(options.model).interval or GALORE_INTERVAL
     rank = model.get_input_embeddings().weight.shape[1] // RANK_SHARE  # type: ignore[operator]
     return {
         "optim": "galore_adamw",
         "optim_target_modules": [BLOCKS],
-        "optim_args": f"rank={rank}, update_proj_gap=200, scale={GALORE_SCALE}",
+        "optim_args": f"rank={rank}, update_proj_gap={interval}, scale={GALORE_SCALE}",
     }
 
 

@@ -73,6 +73,11 @@ def mean(rows: list[Row], key: str) -> float:
     return statistics.fmean(row[key] for row in rows)
 
 
+def summary(values: list[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation; the latter is 0 for a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def spread(rows: list[Row], key: str) -> float | None:
     """The sample standard deviation of one column; ``None`` for a single row."""
     return statistics.stdev(row[key] for row in rows) if len(rows) > 1 else None

@@ -105,7 +105,7 @@ def run(
         elif options.config.T1 is None:
             _calibrate(handle, blocks, options, arguments)
     peers.wrap(model, method)
-    for name, value in optimizers.arguments(method, model).items():
+    for name, value in optimizers.arguments(method, model, options).items():
         setattr(arguments, name, value)
 
     spectra_batch = collate([blocks.validation[i] for i in range(min(len(blocks.validation), 4 * options.batch_size))])

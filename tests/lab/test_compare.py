@@ -1,0 +1,121 @@
+"""`prac compare`: methods × seeds, the failure of one, going on where it stopped, and what it shows."""
+
+import json
+import re
+
+import pytest
+
+from prac.cli import main
+from prac.lab import compare, overview, report, results, table
+
+METHODS = ("plain", "checkpoint", "galore", "rso", "lean")
+
+
+@pytest.fixture(scope="module")
+def argv(corpus_file):
+    common = ["compare", "--data", str(corpus_file), "--tokenizer", "bpe:300", "--steps", "3", "--batch-size", "4"]
+    return [*common, "--seq-len", "32", "--eval-every", "1", "--save-every", "0", "--seed", "0", "1", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def compared(argv, tmp_path_factory):
+    """Two seeds of five methods, two at a time."""
+    out = tmp_path_factory.mktemp("compare")
+    command = [*argv, "--methods", ",".join(METHODS), "--out", str(out), "--json", str(out / "rows.json")]
+    assert main([*command, "--workers", "2"]) == 0
+    return out, command
+
+
+def test_rows_carry_the_contract(compared):
+    out, _ = compared
+    document = json.loads((out / "rows.json").read_text())
+    assert document["command"] == "compare"
+    rows = document["rows"]
+    assert [(row["seed"], row["method"]) for row in rows] == [(seed, m) for seed in (0, 1) for m in METHODS]
+    for row in rows:
+        assert {"method", "seed", "val_loss", "peak_bytes", "kept_bytes", "tokens_per_s", "time_ratio"} <= row.keys()
+        assert row["peak_bytes"] == row["peak_step_bytes"] > row["kept_bytes"] > 0
+        assert (row["time_ratio"] == 1) == (row["method"] == "plain")
+    by_method = {row["method"]: row for row in rows if row["seed"] == 0}
+    assert by_method["checkpoint"]["kept_bytes"] < by_method["lean"]["kept_bytes"] < by_method["plain"]["kept_bytes"]
+    assert by_method["checkpoint"]["val_loss"] == pytest.approx(by_method["plain"]["val_loss"], abs=1e-4)
+    # GaLore's optimizer state is what it saves; nothing that is kept for backward.
+    assert by_method["galore"]["kept_bytes"] == by_method["plain"]["kept_bytes"]
+    assert by_method["galore"]["peak_bytes"] < by_method["plain"]["peak_bytes"]
+
+
+def test_the_page_answers_first(compared):
+    out, _ = compared
+    page = (out / "report.html").read_text()
+    assert page.index("Least memory, no loss seen") < page.index("Side by side")
+    assert page.count("<svg") == 4  # frontier, differences, losses, kept
+    assert "prac compare" in page and all(method in page for method in METHODS)
+    assert not re.search(r"(src|href)=\"http", page)
+    answers = dict(report.answers(results.against_plain(json.loads((out / "rows.json").read_text())["rows"])))
+    assert answers["Least memory at all"].split(":")[0] in METHODS
+
+
+def test_it_goes_on_where_it_stopped(compared, monkeypatch, capsys):
+    """A run that is missing is run, those that are there are not; and without --resume nothing is overwritten."""
+    out, command = compared
+    assert main(command) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    (out / "lean-seed1" / "result.json").unlink()
+    launched = []
+
+    def launch(argv, threads=None):
+        launched.append(argv)
+        return 3
+
+    monkeypatch.setattr(compare, "launch", launch)
+    assert main([*command, "--resume"]) == 1
+    (argv,) = launched
+    assert argv[0] == "train" and "--methods" not in argv and "--json" not in argv
+    assert argv[argv.index("--method") + 1] == "lean" and argv[-5:-3] == ["--seed", "1"]
+    assert "lean seed 1 failed (exit code 3)" in capsys.readouterr().err
+    rows = json.loads((out / "rows.json").read_text())["rows"]
+    assert len(rows) == 9  # what is complete is shown
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--methods", "plain,papier"], "unknown method 'papier'"),
+        (["--workers", "0"], "--workers must be at least 1"),
+        (["--methods", "plain,plain+lora", "--model", "no/such"], "unknown model"),
+    ],
+)
+def test_bad_input_is_one_line(more, message, argv, tmp_path, capsys):
+    assert main([*argv, "--out", str(tmp_path), *more]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and message in err
+
+
+def rows_of(**methods):
+    """Rows of two seeds each: loss, tokens per second, peak."""
+    found = []
+    for method, (losses, speed, peak) in methods.items():
+        for seed, loss in enumerate(losses):
+            row = {"method": method, "seed": seed, "val_loss": loss, "val_ppl": 1.0, "tokens_per_s": speed}
+            found.append(row | {"peak_bytes": peak, "kept_bytes": peak // 2})
+    return found
+
+
+def test_differences_are_paired_by_seed():
+    """Seeds that differ by 1.0 say nothing of methods that differ by 0.1 on each."""
+    rows = rows_of(plain=((3.0, 4.0), 100, 1000), lean=((3.1, 4.1), 50, 500), other=((3.0, 4.4), 200, 2000))
+    lines = {line[0]: line for line in table.cells(rows)}
+    assert lines["lean"][1:3] == ("3.600 ± 0.707", "+0.100 ± 0.000")
+    assert lines["other"][2] == "+0.200 ± 0.283" and lines["plain"][2] == "–"
+    assert lines["lean"][-1] == "0.50×"
+    assert [row["time_ratio"] for row in results.against_plain(rows)] == [1, 1, 2, 2, 0.5, 0.5]
+    plain = [row for row in rows if row["method"] == "plain"]
+    lean, other = ([row for row in rows if row["method"] == name] for name in ("lean", "other"))
+    assert not overview.point(lean, plain)["harmless"]  # 0.1 on each seed is seen
+    assert overview.point(other, plain)["harmless"]  # 0.2 ± 0.28 is not
+
+
+def test_labels_keep_their_distance():
+    places = overview._apart([0.0, 0.01, 0.02, 5.0], 1.0)
+    assert places == pytest.approx([-0.99, 0.01, 1.01, 5.0])
+    assert overview._apart([1.0, 3.0], 1.0) == [1.0, 3.0]
