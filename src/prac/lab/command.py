@@ -90,9 +90,7 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch-size", type=int, metavar="N", help="blocks per device and micro-batch")
     group.add_argument("--grad-accum", type=int, metavar="N", help="micro-batches per optimizer step")
     group.add_argument("--seq-len", type=int, metavar="N", help="tokens per block")
-    group.add_argument("--lr", type=float, 
-        help="peak learning rate of AdamW (4 times this for galore); decays to a tenth of it along a cosine",
-    )  # fmt: skip
+    group.add_argument("--lr", type=float, help="peak learning rate; decays to a tenth of it along a cosine")
     group.add_argument("--warmup", type=float, help="linear warm-up: a fraction of the steps, or a number of steps")
     group.add_argument("--weight-decay", type=float, default=0.1, help="of AdamW (default: 0.1)")
     group.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
@@ -181,7 +179,6 @@ def options(arguments: argparse.Namespace, method: str, seed: int) -> Options:
     recipe = models.recipe(arguments.model)
     own = {name: getattr(arguments, name) for name in ("steps", "batch_size", "grad_accum", "seq_len", "lr", "warmup")}
     how = {name: getattr(recipe, name) if value is None else value for name, value in own.items()}
-    how["lr"] *= methods.parse(method).lr_scale
     tenth, fifth = max(1, how["steps"] // 10), max(1, how["steps"] // 5)
     return Options(
         method=method,

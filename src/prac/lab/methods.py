@@ -22,8 +22,6 @@ MODIFIERS = ("checkpoint[K]", "selective", "compile[BUDGET]", "offload", "attent
 COMPILED = "+compile"
 # Whose moments live in a subspace, and what becomes of them when it changes.
 SUBSPACE = {"compact": "reproject", "rso": "reset"}
-# GaLore's update is scaled by its alpha = 0.25; four times AdamW's learning rate makes steps of about the same size.
-GALORE_SCALE = 0.25
 
 
 @dataclass(frozen=True)
@@ -58,11 +56,6 @@ class Method:
     def base(self) -> str:
         """The name without modifiers."""
         return self.name.split("+")[0]
-
-    @property
-    def lr_scale(self) -> float:
-        """The learning rate in units of AdamW's."""
-        return 1 / GALORE_SCALE if self.optimizer == "galore" else 1.0
 
 
 def parse(name: str) -> Method:
