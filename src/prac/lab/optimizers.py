@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 # GaLore's rank at 60M parameters and up, and what others in a subspace are given as well.
 RANK_SHARE = 4
-# Its paper has 0.25, and a learning rate four times AdamW's, for all parameters alike. For matrices that is the same as 1
-# and AdamW's; but the embedding and the head, which GaLore leaves to AdamW, would learn four times as fast.
+# Its paper has 0.25, and a learning rate four times AdamW's, for all parameters alike. For matrices that is the same as
+# 1 and AdamW's; but the embedding and the head, which GaLore leaves to AdamW, would learn four times as fast.
 GALORE_SCALE = 1.0
 GALORE_INTERVAL = 200  # steps, where the recipe has none of its own for a short run
 BLOCKS = r".*\.\d+\..*"  # modules inside of blocks, as a regular expression
