@@ -35,6 +35,7 @@ class SlowBlocks(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, lr_scheduler: Any, **_: Any
     ) -> None:
+        """Split the group, once there are an optimizer and a schedule."""
         inside = [p for name, p in model.named_parameters() if is_matrix_of_a_block(name, p)]
         chosen = {id(p) for p in inside}
         optimizer = getattr(optimizer, "optimizer", optimizer)
