@@ -59,19 +59,21 @@ def test_states_of_optimizers(optimizer: str, states: float) -> None:
 
 def test_every_method_has_its_memory() -> None:
     """What each saves, and what it does not touch."""
-    setting = footprint.Setting("llama-35m", 16, 256, "bf16")
+    setting = footprint.Setting("llama-tiny", 64, 128, "bf16")
     names = ["plain", "checkpoint", "checkpoint2", "offload", "galore", "rso", "compact", "co-compression", "loract"]
     names += ["paper+muon", "lean+checkpoint2", "loract+lora"]
     rows = {row.method: row for row in footprint.rows(setting, names, ["chunked"])}
     plain = rows["plain"]
     assert rows["checkpoint"].activation_gib < rows["checkpoint2"].activation_gib < plain.activation_gib
-    assert rows["offload"].activation_gib == 0
+    assert rows["offload"].activation_gib < 1e-6 * plain.activation_gib
     assert rows["galore"].activation_gib == plain.activation_gib
     for name in ("rso", "compact", "co-compression", "loract"):
         assert rows[name].activation_gib < plain.activation_gib
-    # Moments and gradients of linear layers at a quarter of their width, those of the embedding and head in full.
+    # Both moments of the blocks' matrices at a quarter of their width, those of the embedding and head in full.
+    inside = 4 * (4 * 192 * 192 + 3 * 192 * 512)
     for name in ("rso", "compact"):
-        assert rows[name].at_peak["optimizer"] < 0.9 * plain.at_peak["optimizer"]
+        saved = plain.at_peak["optimizer"] - rows[name].at_peak["optimizer"]
+        assert saved == pytest.approx(0.75 * inside * 2 * 2, rel=0.01)
     assert rows["co-compression"].at_peak["optimizer"] == plain.at_peak["optimizer"]
     assert rows["paper+muon"].at_peak["optimizer"] < plain.at_peak["optimizer"]
     assert rows["loract+lora"].at_peak["optimizer"] < 0.1 * plain.at_peak["optimizer"]

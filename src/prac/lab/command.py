@@ -210,6 +210,8 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     out = arguments.out or Path("runs") / f"{Path(arguments.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if len(wanted) > 1:
         return run_several(wanted, out, arguments, argv, "train")
+    import rich.console  # noqa: F401  what the table needs is missed before the run, not after it
+
     from prac.lab import train
 
     row = train.run(wanted[0], out, arguments.resume, overwrite=arguments.overwrite)
@@ -221,6 +223,8 @@ def run_several(
     wanted: list[Options], out: Path, arguments: argparse.Namespace, argv: list[str], name: str, workers: int = 1
 ) -> int:
     """Run each of ``wanted`` in a process of its own and show them side by side; returns 1 if some failed."""
+    import rich.console  # noqa: F401  likewise
+
     from prac.lab import compare, run_folder, train
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
