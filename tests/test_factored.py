@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +103,27 @@ def test_any_optimizer_steps_as_on_the_matrix(name: str, transposed: bool) -> No
         first.step()
         second.step()
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("how", [{}, {"fused": True}])
+def test_one_layer_is_expanded_at_a_time(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the next full matrix is made, that of the layer before is gone: several of a layer, none of two."""
+    made: list[tuple[int, weakref.ref[Tensor]]] = []
+    seen_together = set()
+    expand = FactoredGradient.dense
+
+    def watched(g: FactoredGradient) -> Tensor:
+        seen_together.add(frozenset({size for size, ref in made if ref() is not None} | {g.shape[0]}))
+        full = expand(g)
+        made.append((g.shape[0], weakref.ref(full)))
+        return full
+
+    monkeypatch.setattr(FactoredGradient, "dense", watched)
+    layers = [nn.Parameter(torch.ones(o, 7, dtype=torch.float64)) for o in range(5, 11)]
+    for w in layers:
+        w.grad = factored(w.shape[0], 7, 2)
+    torch.optim.AdamW(layers, **how).step()
+    assert {frozenset({o}) for o in range(5, 11)} == seen_together
 
 
 @pytest.mark.parametrize("foreach", [None, True, False])

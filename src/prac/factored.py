@@ -113,10 +113,15 @@ def _one_by_one(func: Any, args: Any, kwargs: Any) -> None:
 
     It calls gradients written to, since it may take a loss scale off them; what it has used up here need not be right.
     """
-    for index, gradient in enumerate(args[1]):
+
+    def step(index: int) -> None:
+        gradient = args[1][index]
         dense = gradient.dense() if isinstance(gradient, FactoredGradient) else gradient
         one = [[each[index]] if isinstance(each, list) and each else each for each in args]
         func(one[0], [dense], *one[2:], **kwargs)
+
+    for index in range(len(args[1])):
+        step(index)  # whose full matrix is gone before the next one is made
 
 
 def _rule(*ops: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
