@@ -34,7 +34,7 @@ from rich.table import Table
 import prac
 from prac import PRESETS, Bits, Config, Rank, files
 from prac.cli import parser as command_parser
-from prac.lab import bench, blocks, compare, plots, report, results, train
+from prac.lab import bench, blocks, checkpoints, compare, plots, report, results, train
 from prac.lab.command import options as parse_options
 
 HERE = Path(__file__).parent / "results"
@@ -99,7 +99,7 @@ def variances(folder: Path) -> dict[str, float]:
     """The relative variance of x̃ in the q, k, v groups, averaged over the blocks, of the model in a run folder."""
     from transformers import AutoModelForCausalLM
 
-    checkpoint = train.newest_checkpoint(folder)
+    checkpoint = checkpoints.newest(folder)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="sdpa")
     _, data = train.prepare(parse_options(command_parser().parse_args(["train", "--quiet"]), "plain", 0))
     batches = [train.collate([data.train[i] for i in range(s, s + 16)]) for s in (0, 16)]
