@@ -14,6 +14,14 @@ from prac.factored import FactoredGradient
 AtRefresh = Literal["reproject", "reset"]
 
 
+def evaluated(closure: Callable[[], Any] | None) -> Any:
+    """The loss of a ``step(closure)``, with gradients on; None without a closure."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class SubspaceAdamW(torch.optim.AdamW):
     """AdamW on the coefficients of factored gradients, and plain AdamW on all others.
 
@@ -64,10 +72,7 @@ class SubspaceAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         factored: list[tuple[Tensor, FactoredGradient]] = []
         for group in self.param_groups:
             for p in group["params"]:

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from prac.lab import models
 from prac.lab.methods import Method, parse
-from prac.lab.peers import adapt, checkpoint_blocks
+from prac.lab.optimizers import galore_rank, is_matrix_of_a_block
+from prac.lab.peers import adapt, recompute
 from prac.memory import Breakdown, predict
 from prac.memory.predict import OptimizerFactory, adamw
 from prac.optim import SubspaceAdamW
@@ -34,12 +35,9 @@ DTYPES = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None), "amp": 
 
 def muon(model: nn.Module) -> list[Optimizer]:
     """Muon for the matrices of the blocks, AdamW for embeddings, head and vectors."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    outside = {id(p) for m in (model.get_input_embeddings(), head) if m is not None for p in m.parameters()}  # type: ignore[operator]
-    matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in outside]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    return [torch.optim.Muon(matrices), torch.optim.AdamW(rest, fused=True)]
+    inside = {name: p for name, p in model.named_parameters() if is_matrix_of_a_block(name, p)}
+    rest = [p for name, p in model.named_parameters() if name not in inside]
+    return [torch.optim.Muon(inside.values()), torch.optim.AdamW(rest, fused=True)]
 
 
 class StateOnly(Optimizer):
@@ -73,10 +71,8 @@ def galore(model: nn.Module) -> Optimizer:
 
     Of a matrix it keeps two moments of rank × the longer side, and a projection of rank × the shorter one.
     """
-    rank = model.get_input_embeddings().weight.shape[1] // 4  # type: ignore[operator]
-    inside = {
-        id(p) for name, p in model.named_parameters() if p.dim() == 2 and any(s.isdigit() for s in name.split("."))
-    }
+    rank = galore_rank(model)
+    inside = {id(p) for name, p in model.named_parameters() if is_matrix_of_a_block(name, p)}
 
     def state(p: Tensor) -> list[Tensor]:
         if id(p) not in inside or min(p.shape) <= rank:
@@ -158,8 +154,7 @@ def one(setting: Setting, method: str, loss: str, optimizer: str) -> Breakdown:
     """The prediction for one method."""
     way = of(method)
     model, batch = materials(setting)
-    if way.checkpoint or way.selective:
-        checkpoint_blocks(model, every=way.checkpoint or 1, selective=way.selective)
+    recompute(model, way)
     if loss == HALF:
         model.loss_function = _without_upcast
     _, autocast = DTYPES[setting.dtype]

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from prac.lab import models
 from prac.lab.methods import Method
-from prac.optim import SubspaceAdamW
+from prac.optim import SubspaceAdamW, evaluated
 
 if TYPE_CHECKING:
     from prac.lab.options import Options
@@ -46,10 +46,7 @@ class Together(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Of each in turn."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for each in self.optimizers:
             each.step()
             self.state.update(each.state)
@@ -71,6 +68,12 @@ def is_matrix_of_a_block(name: str, p: nn.Parameter) -> bool:
     return p.dim() == 2 and any(part.isdigit() for part in name.split("."))
 
 
+def galore_rank(model: nn.Module) -> int:
+    """A share of the hidden size."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return int(embedding.weight.shape[1]) // RANK_SHARE
+
+
 def arguments(method: Method, model: nn.Module, options: Options) -> dict[str, Any]:
     """What ``TrainingArguments`` have to say of the optimizer."""
     if method.optimizer != "galore":
@@ -80,11 +83,10 @@ def arguments(method: Method, model: nn.Module, options: Options) -> dict[str, A
     torch.serialization.add_safe_globals([GaLoreProjector])  # its state holds some, and a checkpoint is to be read
     warnings.filterwarnings("ignore", "This implementation of AdamW is deprecated", FutureWarning)
     interval = models.recipe(options.model).interval or GALORE_INTERVAL
-    rank = model.get_input_embeddings().weight.shape[1] // RANK_SHARE  # type: ignore[operator]
     return {
         "optim": "galore_adamw",
         "optim_target_modules": [BLOCKS],
-        "optim_args": f"rank={rank}, update_proj_gap={interval}, scale={GALORE_SCALE}",
+        "optim_args": f"rank={galore_rank(model)}, update_proj_gap={interval}, scale={GALORE_SCALE}",
     }
 
 

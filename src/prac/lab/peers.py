@@ -34,6 +34,7 @@ SAVED = (
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
 )
+KEEP_SAVED = functools.partial(create_selective_checkpoint_contexts, list(SAVED))  # a checkpoint's ``context_fn``
 
 
 def variants(names: Sequence[str], attention_bits: int | None = None) -> dict[str, Method]:
@@ -73,7 +74,7 @@ def checkpoint_blocks(
     """
     how: dict[str, Any] = {"use_reentrant": reentrant}
     if selective:
-        how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, list(SAVED))
+        how["context_fn"] = KEEP_SAVED
     # The second name is that before transformers 5.23.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(how)
@@ -110,10 +111,15 @@ def adapt(model: nn.Module, velora: bool = False) -> nn.Module:
     return adapted
 
 
-def wrap(model: PreTrainedModel, method: Method) -> None:
-    """Put checkpointing and offloading to work on a model that is compressed already, where it is to be."""
+def recompute(model: PreTrainedModel, method: Method) -> None:
+    """Turn on the checkpointing that a method asks for, if any."""
     if method.checkpoint or method.selective:
         checkpoint_blocks(model, every=method.checkpoint or 1, selective=method.selective)
+
+
+def wrap(model: PreTrainedModel, method: Method) -> None:
+    """Put checkpointing and offloading to work on a model that is compressed already, where it is to be."""
+    recompute(model, method)
     if method.offload:
         model.forward = offload(model.forward)
 
@@ -146,8 +152,7 @@ def apply(block: Block, method: Method, x: Tensor) -> Handle | None:
     handle = None if method.config is None else compress(block, method.config, example=x)
     run: Callable[[Tensor], Tensor] = block.run
     if method.selective:
-        contexts = functools.partial(create_selective_checkpoint_contexts, list(SAVED))
-        run = functools.partial(checkpoint, block.run, use_reentrant=False, context_fn=contexts)
+        run = functools.partial(checkpoint, block.run, use_reentrant=False, context_fn=KEEP_SAVED)
     elif method.checkpoint:
         run = functools.partial(checkpoint, block.run, use_reentrant=False)
     if method.offload:
