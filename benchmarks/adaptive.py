@@ -152,6 +152,8 @@ def rows_of(
             by_seed = {seed: found[name, variant, seed] for seed in seeds}
             to_plain = [loss - found["", "plain", seed] for seed, loss in by_seed.items()]
             to_uniform = [loss - found[name, "uniform", seed] for seed, loss in by_seed.items()]
+            gap, gap_spread = results.summary(to_plain)
+            against, against_spread = results.summary(to_uniform)
             mine = [chosen[name, variant, seed] for seed in seeds if variant != "uniform"]
             rows.append(
                 {
@@ -159,10 +161,10 @@ def rows_of(
                     "variant": variant,
                     "val_loss": by_seed,
                     "plain_loss": {seed: found["", "plain", seed] for seed in seeds},
-                    "loss_gap": statistics.mean(to_plain),
-                    "loss_gap_spread": _spread(to_plain),
-                    "against_uniform": statistics.mean(to_uniform),
-                    "against_uniform_spread": _spread(to_uniform),
+                    "loss_gap": gap,
+                    "loss_gap_spread": gap_spread,
+                    "against_uniform": against,
+                    "against_uniform_spread": against_spread,
                     "bytes_per_token": [each.bytes_per_token for each in mine],
                     "budget": [each.budget for each in mine],
                     # Of the gradients' predicted variance, allocated over uniform.
@@ -171,10 +173,6 @@ def rows_of(
                 }
             )
     return rows
-
-
-def _spread(values: list[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def draw(rows: list[dict[str, Any]]) -> str:

@@ -10,8 +10,8 @@ import matplotlib
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from prac.lab.plots import INK, PALETTE, STYLE, svg
-from prac.lab.results import Row, by_method, mean
+from prac.lab.plots import INK, PALETTE, STYLE, stacked, svg
+from prac.lab.results import Row, by_method, mean, summary
 from prac.lab.table import above
 
 MANY = 4  # from so many methods on, these are drawn
@@ -74,17 +74,15 @@ def _apart(values: list[float], distance: float) -> list[float]:
 
 
 def point(runs: list[Row], plain: list[Row]) -> dict[str, Any]:
-    """A method's means against plain's: loss, time and peak, and whether its loss is seen to be higher."""
+    """A method's means against plain's, from rows with ``time_ratio``; harmless: its loss is not seen to be higher."""
     gaps = above(runs, plain)
-    error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
-    speeds = {row["seed"]: row["tokens_per_s"] for row in plain}
-    times = [speeds[row["seed"]] / row["tokens_per_s"] for row in runs if row["seed"] in speeds]
-    gap = statistics.fmean(gaps)
+    gap, deviation = summary(gaps)
+    time, time_spread = summary([row["time_ratio"] for row in runs if row["time_ratio"] is not None])
     return {
         "gap": gap,
-        "harmless": gap <= max(2 * error, 0.01),
-        "time": statistics.fmean(times),
-        "time_spread": statistics.stdev(times) if len(times) > 1 else 0.0,
+        "harmless": gap <= max(2 * deviation / math.sqrt(len(gaps)), 0.01),
+        "time": time,
+        "time_spread": time_spread,
         "peak": mean(runs, "peak_bytes") / mean(plain, "peak_bytes"),
     }
 
@@ -113,26 +111,15 @@ KINDS = {
 
 def kept(runs: list[dict[str, Any]]) -> str:
     """Bytes kept for backward by kind of layer, a bar for each method."""
-    first: dict[str, dict[str, Any]] = {}
-    for run in runs:
-        first.setdefault(run["method"], run)
+    first = {method: group[0] for method, group in by_method(runs).items()}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 1.1 + 0.27 * len(first)), layout="constrained")
         axes = figure.subplots()
-        left = [0.0] * len(first)
-        for kind, colour in KINDS.items():
-            widths = [sum(row["bytes"] for row in run["kept"] if row["kind"] == kind) / 2**20 for run in first.values()]
-            if any(widths):
-                axes.barh(range(len(first)), widths, left=left, color=colour, height=0.74, label=kind, zorder=2)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-        for index, total in enumerate(left):
-            axes.annotate(f"{total:.1f}", (total, index), xytext=(4, 0), textcoords="offset points", va="center",
-                          fontsize=8.5)  # fmt: skip
-        axes.set_yticks(range(len(first)), list(first))
-        axes.tick_params(axis="y", length=0)
-        axes.grid(visible=False, axis="y")
-        axes.invert_yaxis()
-        axes.margins(x=0.08, y=0.02)
+        sizes = {
+            kind: [sum(row["bytes"] for row in run["kept"] if row["kind"] == kind) / 2**20 for run in first.values()]
+            for kind in KINDS
+        }
+        stacked(axes, list(first), {kind: widths for kind, widths in sizes.items() if any(widths)}, KINDS)
         axes.set(xlabel="MiB per micro-batch", title="Kept for backward, by kind of layer")
         figure.legend(loc="outside lower center", ncols=3, fontsize=8.5)
         return svg(figure)

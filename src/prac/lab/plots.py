@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from prac.lab.results import by_method
 from prac.reading import Reading
 
 USUAL = ("plain", "lean", "fast", "small", "paper", "pac", "rac", "finetune")
@@ -64,7 +65,7 @@ def losses(runs: list[Run], entropy: float) -> str:
         figure = Figure(figsize=(8.6, 4.2), layout="constrained")
         axes = figure.subplots()
         top = 0.0
-        for method, group in _grouped(runs).items():
+        for method, group in by_method(runs).items():
             colour = COLOURS[method]
             curves = [smooth([(row["step"], row["loss"]) for row in run["metrics"] if "loss" in row]) for run in group]
             points = [[(row["step"], row["val_loss"]) for row in run["metrics"] if "val_loss" in row] for run in group]
@@ -94,7 +95,7 @@ def losses(runs: list[Run], entropy: float) -> str:
 
 def kept(runs: list[Run]) -> str:
     """Bytes kept for backward, by kind of layer and by block, one colour per method."""
-    first = {method: group[0] for method, group in _grouped(runs).items()}
+    first = {method: group[0] for method, group in by_method(runs).items()}
     kinds = list(dict.fromkeys(row["kind"] for run in first.values() for row in run["kept"]))
     kinds.sort(key=lambda kind: -max(_megabytes(run, "kind", kind) for run in first.values()))
     blocks = sorted({row["block"] for run in first.values() for row in run["kept"] if row["block"] is not None})
@@ -116,7 +117,7 @@ def spectra(runs: list[Run]) -> str:
         figure = Figure(figsize=(8.6, 3.4), layout="constrained")
         left, right = figure.subplots(1, 2)
         layer = ""
-        for method, group in _grouped(runs).items():
+        for method, group in by_method(runs).items():
             for index, row in enumerate(group[0]["spectra"]):
                 layer = row["layer"]
                 values, last = row["singular_values"], index == len(group[0]["spectra"]) - 1
@@ -204,6 +205,25 @@ def on_white(figure: str) -> str:
     return head + figure[start:]
 
 
+def stacked(axes: Axes, names: Sequence[str], sizes: dict[str, list[float]], colours: dict[str, str]) -> dict[str, Any]:
+    """A horizontal bar for each name, of parts laid end to end, and its length behind it; the bars of each part."""
+    left, drawn = [0.0] * len(names), {}
+    for part, widths in sizes.items():
+        drawn[part] = axes.barh(
+            range(len(names)), widths, left=left, color=colours[part], height=0.74, label=part, zorder=2
+        )
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for index, total in enumerate(left):
+        axes.annotate(f"{total:.1f}", (total, index), xytext=(4, 0), textcoords="offset points", va="center",
+                      fontsize=8.5)  # fmt: skip
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    axes.invert_yaxis()
+    axes.margins(x=0.08, y=0.02)
+    return drawn
+
+
 def _bars(axes: Axes, names: list[str], values: dict[str, list[float]], title: str, numbers: bool) -> None:
     width = 0.8 / len(values)
     for index, (method, amounts) in enumerate(values.items()):
@@ -224,13 +244,6 @@ def _megabytes(run: Run, key: str, value: Any) -> float:
     return sum(float(row["bytes"]) for row in run["kept"] if row[key] == value) / 2**20
 
 
-def _grouped(runs: list[Run]) -> dict[str, list[Run]]:
-    grouped: dict[str, list[Run]] = {}
-    for run in runs:
-        grouped.setdefault(run["method"], []).append(run)
-    return grouped
-
-
 # What is there whatever is trained in greys, what may be saved in colours.
 KINDS = {
     "parameters": "#6b7280", "optimizer": "#9ca3af", "gradients": "#c3c8d0", "subspaces": "#374151",
@@ -246,30 +259,18 @@ def footprint(rows: list[Any]) -> str:
     for row in rows:
         panels.setdefault((row.loss, first if row.optimizer == "galore" else row.optimizer), []).append(row)
     largest = max(row.peak_gib for row in rows)
-    sizes = [len(panel) for panel in panels.values()]
+    heights = [len(panel) for panel in panels.values()]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 0.9 + 0.3 * len(rows) + 0.35 * len(panels)), layout="constrained")
-        shared: dict[str, Any] = {"sharex": True, "squeeze": False, "height_ratios": sizes}
+        shared: dict[str, Any] = {"sharex": True, "squeeze": False, "height_ratios": heights}
         drawn: dict[str, Any] = {}
         for axes, ((loss, optimizer), panel) in zip(
             figure.subplots(len(panels), 1, **shared)[:, 0], panels.items(), strict=True
         ):
-            left = [0.0] * len(panel)
-            for kind, colour in KINDS.items():
-                widths = [row.at_peak.get(kind, 0) / 2**30 for row in panel]
-                if max(widths) > 0.005 * largest:
-                    bars = axes.barh(range(len(panel)), widths, left=left, color=colour, height=0.74, zorder=2)
-                    drawn.setdefault(kind, bars)
-                left = [a + b for a, b in zip(left, widths, strict=True)]
-            for index, row in enumerate(panel):
-                axes.annotate(f"{row.peak_gib:.1f}", (row.peak_gib, index), xytext=(4, 0), textcoords="offset points",
-                              va="center", fontsize=8.5)  # fmt: skip
-            axes.set_yticks(range(len(panel)), [row.method for row in panel])
-            axes.tick_params(axis="y", length=0)
-            axes.invert_yaxis()
-            axes.margins(x=0.08, y=0.02)
+            sizes = {kind: [row.at_peak.get(kind, 0) / 2**30 for row in panel] for kind in KINDS}
+            parts = stacked(axes, [row.method for row in panel], sizes, KINDS)
+            drawn |= {kind: parts[kind] for kind, widths in sizes.items() if max(widths) > 0.005 * largest}
             axes.set_title(f"{loss} loss, {optimizer}", loc="left", fontsize=9.5)
-            axes.grid(axis="y", visible=False)
         axes.set(xlabel="predicted peak (GiB)")
         kinds = [kind for kind in KINDS if kind in drawn]
         figure.legend([drawn[kind] for kind in kinds], kinds, loc="outside right upper", fontsize=8.5)

@@ -93,13 +93,11 @@ def answers(rows: list[results.Row]) -> list[tuple[str, str]]:
 def render(folders: Sequence[Path], argv: Sequence[str]) -> str:
     """The page for one or more complete run folders; ``argv`` is the command that made them."""
     runs = [read_run(folder) for folder in folders]
-    rows = [run["row"] for run in runs]
+    rows = results.against_plain([run["row"] for run in runs])
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("prac.lab", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    first: dict[str, dict[str, Any]] = {}
-    for run in runs:
-        first.setdefault(run["method"], run)
+    first = {method: group[0] for method, group in results.by_method(runs).items()}
     common, own = _options(runs)
     many = len(first) >= overview.MANY and "plain" in first
     # With many methods, a page for each run has these.

@@ -53,7 +53,7 @@ def read_lines(path: Path) -> list[Row]:
 
 
 def by_method(rows: list[Row]) -> dict[str, list[Row]]:
-    """Rows grouped by method, in the order in which the methods first appear."""
+    """Rows, or whole runs, grouped by method, in the order in which the methods first appear."""
     grouped: dict[str, list[Row]] = {}
     for row in rows:
         grouped.setdefault(row["method"], []).append(row)
@@ -76,8 +76,3 @@ def mean(rows: list[Row], key: str) -> float:
 def summary(values: list[float]) -> tuple[float, float]:
     """Mean and sample standard deviation; the latter is 0 for a single value."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def spread(rows: list[Row], key: str) -> float | None:
-    """The sample standard deviation of one column; ``None`` for a single row."""
-    return statistics.stdev(row[key] for row in rows) if len(rows) > 1 else None

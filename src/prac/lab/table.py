@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
-
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from prac.lab.results import Row, by_method, mean
+from prac.lab.results import Row, by_method, mean, summary
 from prac.memory.breakdown import size
 
 HEADINGS = (
@@ -52,8 +50,8 @@ def above(runs: list[Row], plain: list[Row]) -> list[float]:
 
 
 def _spread(values: list[float], form: str) -> str:
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{form}}{deviation}"
+    centre, deviation = summary(values)
+    return f"{centre:{form}} ± {deviation:.3f}" if len(values) > 1 else f"{centre:{form}}"
 
 
 def render(rows: list[Row], title: str) -> Table:
