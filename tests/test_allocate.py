@@ -11,7 +11,7 @@ from models import BATCH, FAMILIES, IDS, PAPER, VOCAB, build, train
 from torch import Tensor, nn
 
 import prac
-from prac import Bits, Config, Rank
+from prac import Bits, Config, Factors, Rank
 from prac.layers import Compressed
 
 LEAN = prac.PRESETS["lean"].replace(min_width=8)
@@ -219,6 +219,10 @@ def test_errors() -> None:
         prac.allocate(model, {"input_ids": IDS}, LEAN, LEAN)
     with pytest.raises(ValueError, match="nothing to compress in this Sequential"):
         prac.allocate(nn.Sequential(nn.ReLU()), torch.zeros(2, 3), "lean")
+    with pytest.raises(ValueError, match="factors that are made anew"):
+        prac.allocate(model, BATCH, LEAN, LEAN.replace(layers={"model.norm": Factors()}))
+    with pytest.raises(ValueError, match="orthonormal random directions"):
+        prac.allocate(model, BATCH, PAPER, PAPER.replace(linear=Rank(0.3, 0.3, orthonormal=False)))
     only_norms = PAPER.replace(linear=None, activation=None)
     with pytest.raises(ValueError, match="nothing is up for choice in this LlamaForCausalLM"):
         prac.allocate(model, BATCH, only_norms, only_norms)

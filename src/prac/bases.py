@@ -1,6 +1,8 @@
-"""The two bases of a PRAC subspace: principal directions and a random complement."""
+"""The two bases of a PRAC subspace, principal directions and a random complement, and the projection on both."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -67,6 +69,14 @@ def random_complement(
     for _ in range(2):
         s_NR = s_NR - q1_NR @ (q1_NR.mT @ s_NR)
     return torch.linalg.qr(s_NR).Q if orthonormal else s_NR
+
+
+def projection(
+    q1_NR: Tensor, r2: int, k: float, *, generator: torch.Generator | None = None, orthonormal: bool = True
+) -> Tensor:
+    """P = [Q1, √k · Q2] (n × (r1 + r2)) of equation (6), for a new Q2."""
+    q2_NR = random_complement(q1_NR, r2, generator=generator, orthonormal=orthonormal)
+    return torch.cat([q1_NR, math.sqrt(k) * q2_NR], dim=1)
 
 
 def _gaussian(n: int, r: int, like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -158,7 +158,7 @@ class Config:
         attention_bits: keep q, k, v and the output of attention in so many bits; None leaves them
             to attention, in full. For models of transformers that run "sdpa".
         T1: optimizer steps between refreshes of the principal basis Q1; None keeps the first one for good, which is
-            best made of several batches (:meth:`prac.Handle.calibrate`).
+            best made of several batches (:func:`prac.calibrate`).
         T2: optimizer steps between refreshes of the random basis Q2, or None. Q2 is also redrawn
             whenever Q1 changes, or it would no longer be orthogonal to it.
         growth: if above 0, no interval is longer than this share of the steps taken before it:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prac.bases import gram_matrix, principal_basis, random_complement
+from prac.bases import gram_matrix, principal_basis, projection
 from prac.clock import Clock
 from prac.config import Rank
 from prac.estimator import Estimator, Kept, Tensors
@@ -141,9 +141,8 @@ class Subspace(Estimator):
         self._q1_step, self._q2_step = (t if due_q1 else self._q1_step), t
 
     def _renew(self, q1_NR: Tensor, generator: torch.Generator) -> None:
-        q2_NR = random_complement(q1_NR, self.r2, generator=generator, orthonormal=self.rank.orthonormal)
         # A new tensor each time: a backward still under way keeps the P of its forward.
-        self.p_NR = torch.cat([q1_NR, math.sqrt(self.k) * q2_NR], dim=1)
+        self.p_NR = projection(q1_NR, self.r2, self.k, generator=generator, orthonormal=self.rank.orthonormal)
         self.refreshes += 1
 
     @torch.no_grad()

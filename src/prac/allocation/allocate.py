@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prac.allocation.calibration import GROUP, calibrate
 from prac.allocation.options import Choices
 from prac.allocation.waterfill import Choice, fill
-from prac.config import Bits, Config, Factors
+from prac.config import Bits, Config, Factors, Rank
 from prac.convert import Filter, compress
 from prac.estimator import Estimator
 from prac.layers import Compressed
@@ -153,10 +153,7 @@ def allocate(
         raise ValueError("there is nothing to choose from: give bits, rank_bits or both.")
     base = as_config(config)
     policy = base if isinstance(budget, int) else as_config(budget)
-    if any(isinstance(keep, Factors) for each in (base, policy) for keep in vars(each).values()):
-        raise ValueError(
-            "factors that are made anew in every step have no variance in closed form: give ranks or bits."
-        )
+    _check(base, policy)
     example = example_for(model)
     how: dict[str, Any] = {"include": include, "exclude": exclude, "example": batch if example is None else example}
     own, theirs = (_survey(model, each, how) for each in (base, policy))
@@ -197,6 +194,17 @@ def allocate(
         math.fsum(each.variance for each in same) if same else None,
         theirs.total,
     )
+
+
+def _check(*configs: Config) -> None:
+    """Refuse what the closed forms are not of."""
+    for keep in (keep for config in configs for keep in (*vars(config).values(), *config.layers.values())):
+        if isinstance(keep, Factors):
+            raise ValueError(
+                "factors that are made anew in every step have no variance in closed form: give ranks or bits."
+            )
+        if isinstance(keep, Rank) and not keep.orthonormal:
+            raise ValueError("the closed form is that of orthonormal random directions: leave out orthonormal=False.")
 
 
 class _Survey(NamedTuple):

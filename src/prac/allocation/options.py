@@ -11,7 +11,7 @@ from torch import Tensor
 from prac.allocation.calibration import Measured
 from prac.allocation.variance import best_split, of_rank, of_rounding, tails
 from prac.allocation.waterfill import Choice, Option
-from prac.bases import gram_matrix, random_complement
+from prac.bases import gram_matrix, projection
 from prac.config import Bits, Rank
 from prac.storage import bytes_per_token
 
@@ -98,11 +98,8 @@ class Choices:
     def _basis(self, r1: int, r2: int, k: float) -> Tensor:
         """P as :mod:`prac.subspace` has it, (n, r), for one Q2 out of a generator of its own."""
         q1_NR = self._tails[0].basis_NN[:, :r1]
-        if r2 == 0:
-            return q1_NR
         generator = torch.Generator(q1_NR.device).manual_seed(0)
-        scale = math.sqrt(k * (self.width - r1) / r2)
-        return torch.cat([q1_NR, scale * random_complement(q1_NR, r2, generator=generator)], dim=1)
+        return projection(q1_NR, r2, k * (self.width - r1) / max(1, r2), generator=generator)
 
     def _of_z(self, p_NR: Tensor, bits: Bits | None) -> float:
         """Of rounding Z = X P, whose errors go through Pᵀ Γ."""
