@@ -46,6 +46,11 @@ def draws(x: Tensor, r1: int, r2: int, count: int, **kwargs: Any) -> Tensor:
     return torch.stack(estimates)
 
 
+def captured(x: Tensor, q: Tensor) -> float:
+    """‖X Q‖², of which an orthonormal Q of so many columns can have no more than the top singular values'."""
+    return (x.double() @ q.double()).square().sum().item()
+
+
 def assert_mean(samples: Tensor, expected: Tensor, standard_errors: float = 4.0) -> None:
     """The mean over dim 0 is ``expected`` within so many standard errors, as a whole and entry by entry.
 

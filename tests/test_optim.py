@@ -30,6 +30,18 @@ def random_subspace(interval: int | None, rank: int = 4, seed: int = 0, **kwargs
     return Subspace(Rank(0, rank, **kwargs), clock, T1=interval, T2=interval, seed=seed, name="layer", factored=True)
 
 
+def take_step(
+    w: nn.Parameter, subspace: Subspace, optimizer: torch.optim.Optimizer, step: int
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step on the data of ``step``, which it returns."""
+    subspace.clock.step = step
+    x, dy = data(step)
+    linear(x, w, None, subspace).backward(dy)
+    optimizer.step()
+    optimizer.zero_grad()
+    return x, dy
+
+
 def test_at_full_rank_in_the_identity_basis_it_is_adamw() -> None:
     """And what comes without factors is stepped by AdamW itself."""
     generator = torch.Generator().manual_seed(0)
@@ -87,10 +99,7 @@ def test_it_is_compact() -> None:
     m = v = torch.zeros(5, 4, dtype=torch.float64)
     (beta1, beta2), lr = HOW["betas"], HOW["lr"]
     for step in range(6):
-        x, dy = data(step)
-        linear(x, w, None, subspace).backward(dy)
-        optimizer.step()
-        optimizer.zero_grad()
+        x, dy = take_step(w, subspace, optimizer, step)
         g = dy.T @ x @ subspace.p_NR
         m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
         m_hat, v_hat = m / (1 - beta1 ** (step + 1)), v / (1 - beta2 ** (step + 1))
@@ -143,11 +152,7 @@ def test_reset_starts_anew() -> None:
     optimizer = SubspaceAdamW([w], **HOW, at_refresh="reset")
     counts = []
     for step in range(5):
-        subspace.clock.step = step
-        x, dy = data(step)
-        linear(x, w, None, subspace).backward(dy)
-        optimizer.step()
-        optimizer.zero_grad()
+        take_step(w, subspace, optimizer, step)
         counts.append(int(optimizer.state[w]["step"]))
     assert counts == [1, 2, 1, 2, 1]
 
@@ -168,11 +173,7 @@ def steps_of(way: str, seed: int) -> Tensor:
         eps = 1e-12 if way == "Adam's quotient" else 1e6
         optimizer = SubspaceAdamW([w], lr=eps if eps > 1 else 1.0, betas=(0.5, 0.999), eps=eps, weight_decay=0.0)
     for step in range(2):
-        subspace.clock.step = step
-        x, dy = data(step)
-        linear(x, w, None, subspace).backward(dy)
-        optimizer.step()
-        optimizer.zero_grad()
+        take_step(w, subspace, optimizer, step)
     return -w.detach()
 
 

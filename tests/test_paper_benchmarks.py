@@ -14,7 +14,7 @@ import torch
 from prac.config import Rank
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "paper"
-SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("claims", "common"))
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def load(monkeypatch):
     before = set(sys.modules)
     yield importlib.import_module
     for name in set(sys.modules) - before:
-        if name in (*SCRIPTS, "common"):
+        if name in (*SCRIPTS, "claims", "common"):
             del sys.modules[name]
 
 
@@ -55,7 +55,7 @@ def test_unknown_options_are_for_prac_train(load, monkeypatch):
 def test_a_failed_run_is_left_out_and_the_rest_comes_through(load, monkeypatch, tmp_path, capsys):
     common = load("common")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(common.compare, "launch", lambda argv: int("bad" in argv))
+    monkeypatch.setattr(common.compare, "launch", lambda argv, threads: int("bad" in argv))
     monkeypatch.setattr(common.report, "read_run", lambda folder: {"row": {"val_loss": 1.0}, "folder": folder})
     found = common.train({"a-seed0": ["bad"], "b-seed0": ["good"], "b-seed1": ["good"]}, tmp_path, 2)
     assert list(found) == ["b-seed0", "b-seed1"]
@@ -74,42 +74,42 @@ def test_a_failed_run_is_left_out_and_the_rest_comes_through(load, monkeypatch, 
     ],
 )
 def test_verdict_of_a_difference(gaps, verdict, load):
-    common = load("common")
-    claim = common.Claim("ours below theirs", common.Gap.of(gaps))
+    claims = load("claims")
+    claim = claims.Claim("ours below theirs", claims.Gap.of(gaps))
     assert claim.verdict == verdict
-    said = common.sentence([claim])
+    said = claims.sentence([claim])
     assert said.startswith(f"{verdict.capitalize()}: ours below theirs ({gaps and sum(gaps) / len(gaps):+.3f}")
     assert ("one seed" in said) == (len(gaps) == 1)
     assert ("±" in said) == (len(gaps) > 1)
 
 
 def test_verdict_against_a_bound(load):
-    common = load("common")
-    gap = common.Gap.between({0: 5.02, 1: 5.12, 2: 9.0}, {0: 5.0, 1: 5.1, 3: 1.0})  # two seeds in common
+    claims = load("claims")
+    gap = claims.Gap.between({0: 5.02, 1: 5.12, 2: 9.0}, {0: 5.0, 1: 5.1, 3: 1.0})  # two seeds in common
     assert gap.mean == pytest.approx(0.02)
-    assert common.Claim("", gap, 0.03).verdict == "confirmed"
-    assert common.Claim("", gap, 0.01).verdict == "not confirmed"
-    assert common.Gap.between({0: 1.0}, {1: 1.0}) is None
-    assert common.Claim("", common.Gap.exact(1.0), 1.0).verdict == "not confirmed"
+    assert claims.Claim("", gap, 0.03).verdict == "confirmed"
+    assert claims.Claim("", gap, 0.01).verdict == "not confirmed"
+    assert claims.Gap.between({0: 1.0}, {1: 1.0}) is None
+    assert claims.Claim("", claims.Gap.exact(1.0), 1.0).verdict == "not confirmed"
 
 
 def test_students_interval(load):
     """The textbook's: 1, 2, 3 has the mean 2 ± 4.303 / √3."""
-    gap = load("common").Gap.of([1.0, 2.0, 3.0])
+    gap = load("claims").Gap.of([1.0, 2.0, 3.0])
     assert (gap.mean, gap.spread) == (2.0, 1.0)
     assert gap.half == pytest.approx(4.303 / math.sqrt(3))
-    assert load("common").t95(30) == pytest.approx(2.042, abs=0.01)
-    assert load("common").t95(0) == math.inf
+    assert load("claims").t95(30) == pytest.approx(2.042, abs=0.01)
+    assert load("claims").t95(0) == math.inf
 
 
 def test_sentence_of_several_claims(load):
-    common = load("common")
-    yes, no = (common.Claim(name, common.Gap.exact(value)) for name, value in (("a", -1.0), ("b", 1.0)))
-    missing = common.below("c", {"paper": {0: 1.0}}, "paper", "rso")
-    assert common.sentence([yes, yes]).startswith("Confirmed: a")
-    assert common.sentence([yes, no, missing]).startswith("Confirmed in 1 of 3 parts: a")
-    assert common.sentence([no, missing]).startswith("Not confirmed: b")
-    assert "c (not measured)" in common.sentence([missing])
+    claims = load("claims")
+    yes, no = (claims.Claim(name, claims.Gap.exact(value)) for name, value in (("a", -1.0), ("b", 1.0)))
+    missing = claims.below("c", {"paper": {0: 1.0}}, "paper", "rso")
+    assert claims.sentence([yes, yes]).startswith("Confirmed: a")
+    assert claims.sentence([yes, no, missing]).startswith("Confirmed in 1 of 3 parts: a")
+    assert claims.sentence([no, missing]).startswith("Not confirmed: b")
+    assert "c (not measured)" in claims.sentence([missing])
 
 
 def test_power_law_recovers_exponent_and_error(load):
@@ -148,10 +148,10 @@ def test_monte_carlo_finds_bias_where_there_is_some(load):
 
 
 def test_summary_reads_what_was_saved(load, tmp_path, capsys):
-    common, summary = load("common"), load("summary")
-    claims = [common.Claim("a below b", common.Gap.exact(-1.0))]
+    common, summary, claims = load("common"), load("summary"), load("claims")
+    said = [claims.Claim("a below b", claims.Gap.exact(-1.0))]
     common.save(
-        "figure3", tmp_path, [], paper="theirs | here", ours="1.0", claims=claims, table=common.table("title", "x")
+        "figure3", tmp_path, [], paper="theirs | here", ours="1.0", claims=said, table=common.table("title", "x")
     )
     assert json.loads((tmp_path / "figure3.json").read_text())["claims"][0]["verdict"] == "confirmed"
     assert "Confirmed: a below b (-1.000: confirmed)." in capsys.readouterr().out

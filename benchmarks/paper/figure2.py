@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import common
-from common import Claim, Gap
+import torch
+from claims import Claim, Gap
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from prac import files
 from prac.cli import parser as command_parser
-from prac.lab import command, measure, results
+from prac.lab import command, compare, measure, results
 
 SHARES = (0.0, None, 0.1, 0.3, 1.0)  # of the steps; None for the first one
 LEVELS = (0.9, 0.95, 0.99)
@@ -106,8 +107,8 @@ def spectra(arguments: Namespace) -> list[results.Row]:
     """Of every seed that comes through, one row for each step."""
     wanted = common.jobs(arguments, {"plain": ["--method", "plain"]})
     console, rows = Console(stderr=True), []
-    common.share_cores(arguments.workers)
-    with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
+    threads = (compare.threads_each(arguments.workers) or torch.get_num_threads(),)
+    with ProcessPoolExecutor(arguments.workers, get_context("spawn"), torch.set_num_threads, threads) as pool:
         folder = common.place(arguments) / "spectra"  # apart from the plain runs of other scripts, which lack them
         waiting = {pool.submit(one, options, folder / name): name for name, options in wanted.items()}
         for future in as_completed(waiting):

@@ -11,7 +11,7 @@ early for its variance. Compared are the last losses, and RSO's at 30% of the st
 from __future__ import annotations
 
 import common
-from common import Gap
+from claims import Gap, below
 
 METHODS = ["plain", "paper", "galore", "rso"]
 TOLERANCE = 0.01  # nats, 1% of perplexity: that of the paper's Table 2 for LLaMA-130M
@@ -32,9 +32,9 @@ def main() -> None:
     last, first = common.by_seed(rows), common.by_seed(rows, "early_loss")
 
     claims = [
-        common.below("PRAC at most 0.01 nats above plain", last, "paper", "plain", TOLERANCE),
-        *(common.below(f"PRAC below {method}", last, "paper", method) for method in ("galore", "rso")),
-        common.below(f"PRAC below rso at {EARLY:.0%} of the steps", first, "paper", "rso"),
+        below("PRAC at most 0.01 nats above plain", last, "paper", "plain", TOLERANCE),
+        *(below(f"PRAC below {method}", last, "paper", method) for method in ("galore", "rso")),
+        below(f"PRAC below rso at {EARLY:.0%} of the steps", first, "paper", "rso"),
     ]
 
     table = common.table(common.title(arguments), "method", f"loss at {EARLY:.0%}", "last loss", "− plain", "seeds")

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import common
 import torch
-from common import Claim, Gap
+from claims import Claim, Gap, t95
 from matplotlib.figure import Figure
 
 from prac.cli import parser as command_parser
@@ -42,7 +42,7 @@ class PowerLaw:
 
     def gap(self) -> Gap:
         """The exponent with its 95% interval."""
-        return Gap(self.b, self.error, common.t95(self.freedom) * self.error)
+        return Gap(self.b, self.error, t95(self.freedom) * self.error)
 
 
 def fit(sizes: Sequence[float], losses: Sequence[float]) -> PowerLaw:
@@ -129,7 +129,7 @@ def main() -> None:
             continue
         # Size by size and seed by seed, the law of the ratio has the difference of the exponents.
         lost, tenth = fit(*zip(*pairs, strict=True)), 0.1 * laws["plain"].b
-        change = Gap(-lost.b, lost.error, common.t95(lost.freedom) * lost.error)
+        change = Gap(-lost.b, lost.error, t95(lost.freedom) * lost.error)
         claims += [
             Claim(f"exponent of plain less that of {method} under a tenth of plain's", change, tenth),
             Claim(f"loss of {method} less than 1% above plain's", Gap.of(r - 1 for _, r in pairs), 0.01, "{:+.4f}"),

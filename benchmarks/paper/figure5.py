@@ -11,7 +11,7 @@ and says that RAC diverges there.
 from __future__ import annotations
 
 import common
-from common import Claim, Gap
+from claims import Claim, Gap, below
 
 from prac.config import Rank
 from prac.lab import results
@@ -44,9 +44,9 @@ def claims(rows: list[results.Row], scales: list[float]) -> list[Claim]:
         prac, pac, rac = (name(method, scale) for method in METHODS)
         where = "" if scale == 1 else f" at {scale:g} of the ranks"
         found += [
-            common.below(f"PRAC below PAC{where}", losses, prac, pac),
-            common.below(f"PRAC below RAC{where}", losses, prac, rac),
-            common.below(f"PRAC at most 0.01 nats above plain{where}", losses, prac, "plain", TOLERANCE),
+            below(f"PRAC below PAC{where}", losses, prac, pac),
+            below(f"PRAC below RAC{where}", losses, prac, rac),
+            below(f"PRAC at most 0.01 nats above plain{where}", losses, prac, "plain", TOLERANCE),
         ]
     return found
 

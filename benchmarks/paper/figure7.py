@@ -9,7 +9,7 @@ that k0 is best in both.
 from __future__ import annotations
 
 import common
-from common import Gap
+from claims import Gap, below
 
 from prac.config import Rank
 from prac.presets import PRESETS
@@ -35,7 +35,7 @@ def main() -> None:
     rows = common.rows_of(runs)
     losses = common.by_seed(rows)
     claims = [
-        common.below(f"k0 below {factor} k0 in {kind} layers", losses, "paper", f"paper-{kind}-k{factor}")
+        below(f"k0 below {factor} k0 in {kind} layers", losses, "paper", f"paper-{kind}-k{factor}")
         for kind in KINDS
         for factor in FACTORS
     ]

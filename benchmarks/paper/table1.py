@@ -21,7 +21,7 @@ from typing import Any
 
 import common
 import torch
-from common import Claim, Gap
+from claims import Claim, Gap, t95
 from matplotlib.figure import Figure
 from rich.progress import track
 from torch import Tensor, nn
@@ -95,7 +95,7 @@ class Errors:
             rest = total - 2 * (products[left_out].sum() - own[left_out])
             found.append((rest / ((groups - 1) * (groups - 2))).item())
         error = math.sqrt((groups - 1) / groups * sum((f - statistics.fmean(found)) ** 2 for f in found))
-        return Gap((total / (groups * (groups - 1))).item(), error, common.t95(groups - 1) * error)
+        return Gap((total / (groups * (groups - 1))).item(), error, t95(groups - 1) * error)
 
 
 def theory(exact: Tensor, q1: Tensor, n: int, r2: int) -> tuple[float, float]:

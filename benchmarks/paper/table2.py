@@ -20,7 +20,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import common
-from common import Claim, Gap
+from claims import Claim, Gap
 from matplotlib.figure import Figure
 from rich.console import Group
 from rich.progress import track

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 
 import common
-from common import Gap
+from claims import Gap, below
 from matplotlib.figure import Figure
 
 METHODS = ["plain", "galore", "rso", "paper", "lean"]
@@ -36,10 +36,10 @@ def main() -> None:
     plain = losses.get("plain", {})
     reference = arguments.model if arguments.model in common.PERPLEXITY else "llama-130m"
 
-    claims = [common.below("paper raises perplexity by less than 1%", losses, "paper", "plain", TOLERANCE)]
-    claims += [common.below(f"paper below {method}", losses, "paper", method) for method in ("galore", "rso")]
+    claims = [below("paper raises perplexity by less than 1%", losses, "paper", "plain", TOLERANCE)]
+    claims += [below(f"paper below {method}", losses, "paper", method) for method in ("galore", "rso")]
     if "lean" in losses:
-        claims.append(common.below("lean, not in the paper, by less than 1%", losses, "lean", "plain", TOLERANCE))
+        claims.append(below("lean, not in the paper, by less than 1%", losses, "lean", "plain", TOLERANCE))
 
     columns = ("method", "loss", "perplexity", "more", f"the paper's ({reference})", "kept MiB", "less", "seeds")
     table = common.table(common.title(arguments), *columns)

@@ -20,7 +20,7 @@ from typing import Any
 
 import common
 import torch
-from common import Claim, Gap
+from claims import Claim, Gap
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 
 import common
-from common import Claim, Gap
+from claims import Claim, Gap
 
 OPTIMIZERS = ("muon", "adam-mini")
 METHODS = [f"{method}+{optimizer}" for optimizer in OPTIMIZERS for method in ("plain", "paper")]

@@ -16,7 +16,7 @@ from typing import Any
 
 import common
 import torch
-from common import Claim, Gap
+from claims import Claim, Gap
 from matplotlib.figure import Figure
 
 import prac

@@ -29,7 +29,7 @@ def run_each(
     Returns:
         The rows of the runs that finished, and a line for each that failed, in the order of ``wanted``.
     """
-    threads = None if workers == 1 else max(1, (os.cpu_count() or 1) // workers)
+    threads = threads_each(workers)
     complete = [run_folder.finished(options, folder(out, options)) if resume else None for options in wanted]
 
     def run(options: Options, done: results.Row | None) -> results.Row | str:
@@ -45,6 +45,11 @@ def run_each(
     with ThreadPoolExecutor(workers) as pool:
         found = list(pool.map(run, wanted, complete))
     return [row for row in found if not isinstance(row, str)], [line for line in found if isinstance(line, str)]
+
+
+def threads_each(workers: int) -> int | None:
+    """Threads for each of so many processes at a time: their share of the cores. One alone has what torch gives it."""
+    return None if workers == 1 else max(1, (os.cpu_count() or 1) // workers)
 
 
 def launch(argv: Sequence[str], threads: int | None = None) -> int:
