@@ -1,15 +1,16 @@
-"""Ranks where they count: does `prac.allocate` train better than one rank for all, at the same bytes?
+"""Bytes where they count: does `prac.allocate` train better than one rank for all, at the same bytes?
 
     python benchmarks/adaptive.py                      # every run, then the figure; goes on where it stopped
     python benchmarks/adaptive.py --seeds 0 --workers 1
 
-`llama-tiny` on the State of the Union speeches. Each policy keeps its tensors at one rank; against it, at no more
-bytes, the ranks and splits that `prac.allocate` chooses for the same seed's model, with Z in as many bits:
+`llama-tiny` on the State of the Union speeches. Each policy keeps its tensors alike; against it, at no more bytes, what
+`prac.allocate` chooses for the same seed's model after a few steps of plain training (`--warm`):
 
-- warm: for the weights that plain training has after a few steps (`--warm`), the sum of squared errors of gradients;
-- warm, relative: the same, each tensor's error relative to its gradients, as Adam sees them;
-- warm, held out: the same once more, judged with bases of one half of the batch by the gradients of the other;
-- initial: as warm, for the weights at initialisation.
+- ranks and bits: whatever leaves the least sum of squared errors of gradients;
+- ranks: ranks and splits alone, with Z in as many bits as the policy has it;
+- ranks, relative: the same, each tensor's error relative to its gradients, as Adam sees them;
+- ranks, held out: as relative, judged with bases of one half of the batch by the gradients of the other;
+- ranks, initial: as ranks, for the weights at initialisation.
 
 Every difference is between two runs of the same seed. Writes `results/adaptive.json` and `results/adaptive.svg`.
 """
@@ -47,13 +48,25 @@ POLICIES: dict[str, Config] = {
     "norm groups, 0.6n in 8 bits": LEAN.replace(group=Rank(0.3, 0.3, bits=Bits(8))),
     "linear layers, 0.3n": PAPER.replace(linear=Rank(0.15, 0.15)),
     "linear layers, 0.6n": PAPER,
+    "norm groups, 4 bits": LEAN,
 }
 VARIANTS: dict[str, dict[str, Any]] = {
-    "warm": {"weights": "warm"},
-    "warm, relative": {"weights": "warm", "relative": True},
-    "warm, held out": {"weights": "warm", "relative": True, "held_out": True},
-    "initial": {"weights": "initial"},
+    "ranks and bits": {},
+    "ranks": {"ranks": True},
+    "ranks, relative": {"ranks": True, "relative": True},
+    "ranks, held out": {"ranks": True, "relative": True, "held_out": True},
+    "ranks, initial": {"ranks": True, "initial": True},
 }
+
+
+def kept(policy: Config) -> Any:
+    """How a policy keeps what is up for choice."""
+    return policy.linear if policy.group is None else policy.group
+
+
+def variants_of(name: str) -> list[str]:
+    """What a policy is compared with; one of bits has no ranks to be chosen alone."""
+    return [each for each, how in VARIANTS.items() if isinstance(kept(POLICIES[name]), Rank) or "ranks" not in how]
 
 
 class Snapshots(TrainerCallback):
@@ -88,17 +101,18 @@ def run(job: tuple[Options, Path, int]) -> float:
     return float(row["val_loss"])
 
 
-def allocation(options: Options, weights: Path, policy: Config, how: dict[str, Any], blocks: int) -> prac.Allocation:
-    """What :func:`prac.allocate` chooses at the policy's bytes, ranks alone, for the weights in a file."""
+def allocation(options: Options, weights: Path, policy: Config, variant: str, blocks: int) -> prac.Allocation:
+    """What :func:`prac.allocate` chooses at the policy's bytes for the weights in a file."""
+    how = {key: value for key, value in VARIANTS[variant].items() if key in ("relative", "held_out")}
+    if "ranks" in VARIANTS[variant]:
+        bits = kept(policy).bits
+        how |= {"bits": (), "rank_bits": (None if bits is None else bits.bits,)}
     tokenizer, data = train.prepare(options)
     set_seed(options.seed)
     model = models.build(options.model, tokenizer, options.seq_len)
     model.load_state_dict(torch.load(weights, weights_only=True))
     batch = train.collate([data.train[i] for i in range(blocks)])
-    rank = policy.linear if policy.group is None else policy.group
-    assert isinstance(rank, Rank)
-    z_bits = None if rank.bits is None else rank.bits.bits
-    return prac.allocate(model, batch, policy, policy, bits=(), rank_bits=(z_bits,), **how)
+    return prac.allocate(model, batch, policy, policy, **how)
 
 
 def slug(*parts: Any) -> str:
@@ -126,12 +140,11 @@ def losses(arguments: argparse.Namespace) -> tuple[dict[tuple[str, str, int], fl
             policy = POLICIES[name].replace(**interval)
             for seed in plain:
                 configs[name, "uniform", seed] = policy.replace(seed=seed)
-                for variant in VARIANTS:
-                    how = dict(VARIANTS[variant])
-                    at = how.pop("weights")
-                    file = folders[seed] / "weights" / (f"warm{arguments.warm}.pt" if at == "warm" else f"{at}.pt")
+                for variant in variants_of(name):
+                    at = "initial" if "initial" in VARIANTS[variant] else f"warm{arguments.warm}"
+                    file = folders[seed] / "weights" / f"{at}.pt"
                     key = (name, variant, seed)
-                    chosen[key] = allocation(plain[seed], file, policy, how, arguments.calibration_blocks)
+                    chosen[key] = allocation(plain[seed], file, policy, variant, arguments.calibration_blocks)
                     configs[key] = chosen[key].config.replace(seed=seed)
         jobs = [
             (dataclasses.replace(plain[seed], method="lean" if config.group else "paper", config=config),
@@ -148,7 +161,7 @@ def rows_of(
     """A row for each policy and variant; differences are paired by seed."""
     rows = []
     for name in policies:
-        for variant in ("uniform", *VARIANTS):
+        for variant in ("uniform", *variants_of(name)):
             by_seed = {seed: found[name, variant, seed] for seed in seeds}
             to_plain = [loss - found["", "plain", seed] for seed, loss in by_seed.items()]
             to_uniform = [loss - found[name, "uniform", seed] for seed, loss in by_seed.items()]
@@ -194,18 +207,18 @@ def _draw(rows: list[dict[str, Any]]) -> Figure:
         left.errorbar(row["loss_gap"], y, xerr=row["loss_gap_spread"], label=label, **style)
         if index:
             right.errorbar(row["against_uniform"], y, xerr=row["against_uniform_spread"], **style)
-    for axes, label in ((left, "plain training"), (right, "uniform ranks")):
+    for axes, label in ((left, "plain training"), (right, "the uniform policy")):
         axes.axvline(0, color=plots.INK, linewidth=0.6)
         axes.set(xlabel=f"validation loss above {label} (nats)")
     left.set_yticks(range(len(policies)), policies)
     left.invert_yaxis()
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8, title="ranks")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8, title="chosen")
     return figure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=260, help="optimizer steps (default: 260)")
+    parser.add_argument("--steps", type=int, default=160, help="optimizer steps (default: 160)")
     parser.add_argument("--batch-size", type=int, default=8, help="blocks of 128 tokens per step (default: 8)")
     parser.add_argument("--warm", type=int, default=20, help="steps of plain training before calibration (default: 20)")
     parser.add_argument("--calibration-blocks", type=int, default=32, help="of 128 tokens (default: 32)")
@@ -220,9 +233,9 @@ def main() -> None:
 
     found, chosen = losses(arguments)
     rows = rows_of(found, chosen, arguments.seeds, arguments.policies)
-    table = Table(title=f"llama-tiny, {arguments.steps} steps, seeds {arguments.seeds}: ranks by prac.allocate")
-    for column in ("policy", "ranks", "loss − plain", "±", "loss − uniform", "±", "variance / uniform"):
-        table.add_column(column, justify="left" if column in ("policy", "ranks") else "right")
+    table = Table(title=f"llama-tiny, {arguments.steps} steps, seeds {arguments.seeds}: what prac.allocate chose")
+    for column in ("policy", "chosen", "loss − plain", "±", "loss − uniform", "±", "variance / uniform"):
+        table.add_column(column, justify="left" if column in ("policy", "chosen") else "right")
     for row in rows:
         ratio = f"{statistics.mean(row['variance_ratio']):.3f}" if row["variance_ratio"] else "1"
         table.add_row(
