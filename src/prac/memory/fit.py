@@ -43,7 +43,7 @@ LADDER = (
         True,
         "the same, and q, k, v and the output of attention in 8 bits",
     ),
-    Rung("small", PRESETS["small"], True, "everything in 4 bits, attention too: gradients off by a sixth in places"),
+    Rung("small", PRESETS["small"], True, "everything in 4 bits, attention too: those of q and k off by a sixth"),
 )
 
 

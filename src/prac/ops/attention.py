@@ -49,9 +49,11 @@ def attention(
 ) -> tuple[Tensor, Kept]:
     """``softmax(q kᵀ · scale + mask) v``, where :func:`runs_here` says so; keeps q, k, v and the output.
 
-    The output is exact. Backward rebuilds the probabilities from the rounded q and k and the exact log-sum-exp
-    of each row. With 8 bits that moves the gradients by about 1%, with 4 by about a sixth (for Gaussian
-    inputs; the tests bound both). v and the output enter linearly and are rounded without bias.
+    The output is exact. Backward does attention once more for the rounded q, k and v, so the gradients are exact ones,
+    of a point nearby: probabilities of each row add up to 1 whatever the rounding. (With the exact log-sum-exp of the
+    forward pass they would not, and where scores are large an error in them is an exponent.) With 8 bits that moves the
+    gradients by about 1%, with 4 by about a sixth (for Gaussian inputs; the tests bound both). v enters linearly and is
+    rounded without bias, and so is the output, for those who read it.
 
     Args:
         q: (B, H, S, D).
@@ -86,22 +88,11 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         dropout, causal, scale, gqa = setting
         ctx.dtypes, dtype = (q.dtype, k.dtype, v.dtype), autocast_dtype(q)
-        state: tuple[Tensor, ...]
         with torch.autocast(q.device.type, enabled=False):
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-            full = (q, *_repeated(q, k, v, gqa))
-            if q.device.type == "cpu":
-                out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-                    *full, dropout, causal, attn_mask=mask, scale=scale
-                )
-                ctx.extra, state = None, ()
-            else:
-                out, lse, seq_q, seq_k, max_q, max_k, seed, offset, _ = aten._scaled_dot_product_flash_attention(
-                    *full, dropout, causal, scale=scale
-                )
-                ctx.extra, state = (max_q, max_k), (seq_q, seq_k, seed, offset)
+            out, _, state, ctx.extra = _flash(q, *_repeated(q, k, v, gqa), mask, dropout, causal, scale)
             kept = {name: keep[name].keep(_rows(t)) for name, t in (("q", q), ("k", k), ("v", v), ("out", out))}
-        save(ctx, lse=(lse, mask), state=state, **{name: each.tensors for name, each in kept.items()})
+        save(ctx, mask=(mask,), state=state, **{name: each.tensors for name, each in kept.items()})
         ctx.forms, ctx.setting = {name: each.form for name, each in kept.items()}, setting
         ctx.shapes = {"q": q.shape, "k": k.shape, "v": v.shape, "out": out.shape}
         kept_out.append(kept["out"])
@@ -111,22 +102,40 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> Gradients:
         tensors = saved(ctx)
         dropout, causal, scale, gqa = ctx.setting
-        q, k, v, out = (_heads(Kept(tensors[t], ctx.forms[t]).reconstruct(), ctx.shapes[t]) for t in ctx.shapes)
-        lse, mask = tensors["lse"]
-        full = (q, *_repeated(q, k, v, gqa), out, lse)
+        q, k, v = (_heads(Kept(tensors[t], ctx.forms[t]).reconstruct(), ctx.shapes[t]) for t in ("q", "k", "v"))
+        (mask,) = tensors["mask"]
+        full = (q, *_repeated(q, k, v, gqa))
+        out, lse, *_ = _flash(*full, mask, 0.0, causal, scale)
+        if dropout:  # which the log-sum-exp knows nothing of
+            out = _heads(Kept(tensors["out"], ctx.forms["out"]).reconstruct(), ctx.shapes["out"])
         if ctx.extra is None:
             grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                dout, *full, dropout, causal, attn_mask=mask, scale=scale
+                dout, *full, out, lse, dropout, causal, attn_mask=mask, scale=scale
             )
         else:
             seq_q, seq_k, seed, offset = tensors["state"]
             grads = aten._scaled_dot_product_flash_attention_backward(
-                dout, *full, seq_q, seq_k, *ctx.extra, dropout, causal, seed, offset, scale=scale
+                dout, *full, out, lse, seq_q, seq_k, *ctx.extra, dropout, causal, seed, offset, scale=scale
             )
         dq, dk, dv = grads
         if gqa:
             dk, dv = (d.unflatten(1, (t.shape[1], -1)).sum(2) for d, t in ((dk, k), (dv, v)))
         return *(d.to(dtype) for d, dtype in zip((dq, dk, dv), ctx.dtypes, strict=True)), None, None, None, None
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[int, int] | None]:
+    """The output, the log-sum-exp of each row of scores, and what else the kernel's backward asks for."""
+    if q.device.type == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, dropout, causal, attn_mask=mask, scale=scale
+        )
+        return out, lse, (), None
+    out, lse, seq_q, seq_k, max_q, max_k, seed, offset, _ = aten._scaled_dot_product_flash_attention(
+        q, k, v, dropout, causal, scale=scale
+    )
+    return out, lse, (seq_q, seq_k, seed, offset), (max_q, max_k)
 
 
 def _repeated(q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> tuple[Tensor, Tensor]:
