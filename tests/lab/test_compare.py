@@ -113,7 +113,9 @@ def test_differences_are_paired_by_seed():
     plain = [row for row in rows if row["method"] == "plain"]
     lean, other = ([row for row in rows if row["method"] == name] for name in ("lean", "other"))
     assert not overview.point(lean, plain)["harmless"]  # 0.1 on each seed is seen
-    assert overview.point(other, plain)["harmless"]  # 0.2 ± 0.28 is not
+    assert not overview.point(other, plain)["harmless"]  # 0.2 ± 0.28 may be nothing, or a run in two that failed
+    noisy = results.against_plain(rows_of(plain=((3.0, 4.0), 100, 1000), lean=((2.98, 4.06), 100, 1000)))
+    assert overview.point(noisy[2:], noisy[:2])["harmless"]  # 0.02 ± 0.06 is within the noise, and small
 
 
 def test_labels_keep_their_distance():

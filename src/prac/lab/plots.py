@@ -89,7 +89,10 @@ def losses(runs: list[Run], entropy: float) -> str:
             ylabel="loss (nats per token)",
             title="Loss: points validation, lines training (smoothed)",
         )
-        axes.legend(loc="upper right")
+        if len(by_method(runs)) > 6:
+            figure.legend(loc="outside right upper", fontsize=8.5)
+        else:
+            axes.legend(loc="upper right")
         return svg(figure)
 
 

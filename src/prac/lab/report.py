@@ -67,7 +67,7 @@ def headlines(rows: list[results.Row]) -> list[dict[str, Any]]:
 def answers(rows: list[results.Row]) -> list[tuple[str, str]]:
     """Which method to take for what, as far as these runs can tell: a question and its answer each.
 
-    A loss is not seen to be above plain's if the difference is within twice its standard error, or 0.01.
+    :func:`prac.lab.overview.point` says when a loss is seen to be above plain's.
     """
     grouped = results.by_method(rows)
     points = {name: overview.point(runs, grouped["plain"]) for name, runs in grouped.items()}
