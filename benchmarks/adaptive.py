@@ -211,7 +211,7 @@ def _draw(rows: list[dict[str, Any]]) -> Figure:
         axes.axvline(0, color=plots.INK, linewidth=0.6)
         axes.set(xlabel=f"validation loss above {label} (nats)")
     left.set_yticks(range(len(policies)), policies)
-    left.invert_yaxis()
+    left.set_ylim(len(policies) - 0.5, -0.5)
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8, title="chosen")
     return figure
 
