@@ -58,11 +58,11 @@ def ordering(grouped: dict[str, list[results.Row]]) -> list[str]:
 
 
 def verdict(gaps: list[float]) -> str:
-    """A difference of losses by seed in words: seen where it is above twice its standard error."""
+    """A difference of losses by seed in words: seen where zero is outside of its 95% interval."""
     mean, spread = results.summary(gaps)
-    error = spread / len(gaps) ** 0.5
+    half = results.t95(len(gaps) - 1) * spread / len(gaps) ** 0.5
     size = f"{mean:+.3f} ± {spread:.3f} nats".replace("-", "−")
-    if len(gaps) < 2 or abs(mean) <= 2 * error:
+    if len(gaps) < 2 or abs(mean) <= half:
         return f"{size}, which is within the noise"
     return f"{size}, a {'higher' if mean > 0 else 'lower'} loss on average than the noise explains"
 

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 
 import common
 import torch
-from claims import Claim, Gap, t95
+from claims import Claim, Gap
 from matplotlib.figure import Figure
 
 from prac.cli import parser as command_parser
 from prac.lab import command, models
+from prac.lab.results import t95
 
 SIZES = ["llama-64x2", "llama-96x3", "llama-128x4", "llama-192x4"]
 METHODS = ["plain", "paper", "lean"]

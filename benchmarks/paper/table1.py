@@ -21,7 +21,7 @@ from typing import Any
 
 import common
 import torch
-from claims import Claim, Gap, t95
+from claims import Claim, Gap
 from matplotlib.figure import Figure
 from rich.progress import track
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from prac.cli import parser as command_parser
 from prac.clock import Clock
 from prac.config import Rank
 from prac.lab import checkpoints, command, measure, results
+from prac.lab.results import t95
 from prac.subspace import Subspace
 
 METHODS = ("PAC", "RAC", "PRAC")

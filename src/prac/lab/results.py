@@ -76,3 +76,14 @@ def mean(rows: list[Row], key: str) -> float:
 def summary(values: list[float]) -> tuple[float, float]:
     """Mean and sample standard deviation; the latter is 0 for a single value."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+# Student's t: 95% of the distribution with so many degrees of freedom lie within plus and minus this.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+def t95(freedom: int) -> float:
+    """The quantile for ``freedom`` degrees of freedom; infinite for none."""
+    if freedom < 1:
+        return float("inf")
+    return T95[freedom - 1] if freedom <= len(T95) else 1.96 + 2.6 / freedom
