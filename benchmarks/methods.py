@@ -60,9 +60,8 @@ def ordering(grouped: dict[str, list[results.Row]]) -> list[str]:
 def verdict(gaps: list[float]) -> str:
     """A difference of losses by seed in words: seen where zero is outside of its 95% interval."""
     mean, spread = results.summary(gaps)
-    half = results.t95(len(gaps) - 1) * spread / len(gaps) ** 0.5
     size = f"{mean:+.3f} ± {spread:.3f} nats".replace("-", "−")
-    if len(gaps) < 2 or abs(mean) <= half:
+    if abs(mean) <= results.half_width(gaps):
         return f"{size}, which is within the noise"
     return f"{size}, a {'higher' if mean > 0 else 'lower'} loss on average than the noise explains"
 

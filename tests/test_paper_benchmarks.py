@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from prac.config import Rank
+from prac.lab import results
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "paper"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("claims", "common"))
@@ -98,8 +99,8 @@ def test_students_interval(load):
     gap = load("claims").Gap.of([1.0, 2.0, 3.0])
     assert (gap.mean, gap.spread) == (2.0, 1.0)
     assert gap.half == pytest.approx(4.303 / math.sqrt(3))
-    assert load("claims").t95(30) == pytest.approx(2.042, abs=0.01)
-    assert load("claims").t95(0) == math.inf
+    assert results.t95(30) == pytest.approx(2.042, abs=0.01)
+    assert results.t95(0) == math.inf
 
 
 def test_sentence_of_several_claims(load):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from prac.lab.results import t95
+from prac.lab import results
 
 CONFIRMED, NOT_CONFIRMED, WITHIN, MISSING = "confirmed", "not confirmed", "within the spread", "not measured"
 
@@ -23,10 +22,8 @@ class Gap:
     def of(cls, values: Iterable[float]) -> Gap:
         """Of independent repetitions, one for each seed: Student's interval. One alone can tell nothing."""
         values = list(values)
-        if len(values) < 2:
-            return cls(statistics.fmean(values), None, float("inf"))
-        spread = statistics.stdev(values)
-        return cls(statistics.fmean(values), spread, t95(len(values) - 1) * spread / len(values) ** 0.5)
+        mean, spread = results.summary(values)
+        return cls(mean, spread if len(values) > 1 else None, results.half_width(values))
 
     @classmethod
     def between(cls, ours: Mapping[int, float], theirs: Mapping[int, float]) -> Gap | None:

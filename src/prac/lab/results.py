@@ -87,3 +87,8 @@ def t95(freedom: int) -> float:
     if freedom < 1:
         return float("inf")
     return T95[freedom - 1] if freedom <= len(T95) else 1.96 + 2.6 / freedom
+
+
+def half_width(values: list[float]) -> float:
+    """Half of the 95% interval of the mean of independent repetitions (Student's); infinite for a single one."""
+    return t95(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("inf")
