@@ -1,12 +1,12 @@
 r"""Figure 4: loss against model size, with and without compression, and the power law through it.
 
     python benchmarks/paper/figure4.py                 # every run, then the figure; goes on where it stopped
-    python benchmarks/paper/figure4.py --seeds 0 1 2   # three times as long
+    python benchmarks/paper/figure4.py --sizes llama-64x2 llama-96x3 llama-128x4 llama-192x4    # four times as long
     python benchmarks/paper/figure4.py --sizes llama-35m llama-60m llama-130m llama-350m --ratio 20 --batch-size 128 \
         --data allenai/c4:en --tokenizer t5-base --max-tokens 7400000000 --bf16 --workers 1      # as the paper
 
 Every size is trained on as many tokens for each of its parameters. The paper has 20; the default is 2, and four sizes
-of 0.2 to 2.2 million parameters with a vocabulary of 1,024, since that is what two cores can do in an hour: far from
+of 0.1 to 1 million parameters with a vocabulary of 1,024, since that is what two cores can do in an hour: far from
 where models stop to gain from more text, so the exponent is not the paper's. What can be compared is the exponent with
 and without compression. L = a N^-b is fitted to the logarithms, without a floor; so few points over one decade cannot
 tell a law with a floor from one without.
@@ -28,7 +28,7 @@ from prac.cli import parser as command_parser
 from prac.lab import command, models
 from prac.lab.results import t95
 
-SIZES = ["llama-64x2", "llama-96x3", "llama-128x4", "llama-192x4"]
+SIZES = ["llama-32x2", "llama-64x2", "llama-96x3", "llama-128x4"]
 METHODS = ["plain", "paper", "lean"]
 
 
@@ -91,7 +91,7 @@ def draw(points: dict[str, list[tuple[int, float]]], laws: dict[str, PowerLaw]) 
 
 
 def main() -> None:
-    parser = common.trainer(__doc__, methods=METHODS, seeds=[0], model=None, steps=None)
+    parser = common.trainer(__doc__, methods=METHODS, model=None, steps=None)
     parser.add_argument("--sizes", nargs="+", default=SIZES, help=f"models (default: {' '.join(SIZES)})")
     parser.add_argument("--ratio", type=float, default=2.0, help="tokens for each parameter (default: 2)")
     parser.add_argument("--tokenizer", default="bpe:1024", help="as of `prac train` (default: bpe:1024)")

@@ -1,6 +1,7 @@
 """Figure 7: the scale k of the random part, in linear layers and in norms.
 
     python benchmarks/paper/figure7.py                 # every run, then the figure; goes on where it stopped
+    python benchmarks/paper/figure7.py --steps 260     # the length of the other figures, in twice the time
 
 k = 0.2, 0.5 and 1.2 times the unbiased k0 = (n − r1) / r2 in one kind of layers, and k0 in all others. The paper says
 that k0 is best in both.
@@ -30,7 +31,7 @@ def settings() -> dict[str, list[str]]:
 
 
 def main() -> None:
-    arguments = common.parse(common.trainer(__doc__))
+    arguments = common.parse(common.trainer(__doc__, steps=130))
     runs = common.train(common.jobs(arguments, settings()), common.place(arguments), arguments.workers)
     rows = common.rows_of(runs)
     losses = common.by_seed(rows)
