@@ -37,10 +37,10 @@ EXPERIMENTS = (
     Experiment("table2_loss", "Table 2: loss", "about 35 minutes"),
     Experiment("tables3_6", "Tables 3 and 6: bytes by operation", "1 minute"),
     Experiment("figure3", "Figure 3: loss curves", "about 30 minutes"),
-    Experiment("table4", "Table 4: time, and a larger batch", "about 10 minutes"),
+    Experiment("table4", "Table 4: time, and a larger batch", "4 minutes"),
     Experiment("figure4", "Figure 4: loss against size", "about 45 minutes"),
     Experiment("figure5", "Figure 5: PRAC, PAC, RAC", "about 35 minutes"),
-    Experiment("table9", "Table 9, Figure 6: Muon and Adam-mini", "about 30 minutes"),
+    Experiment("table9", "Table 9, Figure 6: Muon and Adam-mini", "about 40 minutes"),
     Experiment("figure7", "Figure 7: the scale k", "about 35 minutes"),
 )
 
