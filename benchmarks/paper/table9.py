@@ -4,10 +4,10 @@ r"""Table 9 and Figure 6: PRAC with Muon and with Adam-mini.
     python benchmarks/paper/table9.py --model llama-130m --data allenai/c4:en --tokenizer t5-base --steps 20000 \
         --batch-size 128 --max-tokens 2600000000 --bf16 --workers 1       # as the paper
 
-Memory is what autograd keeps for one micro-batch, which the optimizer does not change; the peak is in the JSON, but
-that of a small model on a CPU is mostly PyTorch. `table2.py` predicts the peaks of the paper's models with both
-optimizers. `torch.optim.Muon` orthogonalises in bf16, which takes most of a step on a processor without instructions
-for it: hence half the steps of the other scripts.
+Memory is what autograd keeps for one micro-batch, which the optimizer does not change; the peak of a step, with
+weights and optimizer, is in the JSON. `table2.py` predicts the peaks of the paper's models with both optimizers.
+`torch.optim.Muon` orthogonalises in bf16, which takes most of a step on a processor without instructions for it:
+hence half the steps of the other scripts.
 """
 
 from __future__ import annotations
