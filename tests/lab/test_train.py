@@ -51,7 +51,7 @@ class Spy(TrainerCallback):
 @pytest.fixture(scope="module")
 def options(corpus_file):
     def make(method, **changes):
-        config = None if method == "plain" else PRESETS[method].replace(T1=4, T2=4)
+        config = None if method in ("plain", "compile") else PRESETS[method].replace(T1=4, T2=4)
         common = {"model": "llama-tiny", "data": str(corpus_file), "tokenizer": "bpe:300", "steps": STEPS}
         common |= {"batch_size": 8, "seq_len": 32, "lr": 1e-3, "warmup": 0.25, "eval_every": 4, "save_every": 6}
         return Options(**({"method": method, "config": config} | common | changes))
@@ -257,3 +257,11 @@ def test_options_survive_json(options):
     data = options("paper", include=("model.layers.*",)).to_dict()
     assert json.loads(json.dumps(data)) == data
     assert dataclasses.replace(options("paper"), include=("model.layers.*",)).to_dict() == data
+
+
+@pytest.mark.long
+def test_compiled_plain_training_ends_with_plain_trainings_loss(runs, options, tmp_path):
+    compiled = train.run(options("compile"), tmp_path)
+    plain = runs["plain"][1]
+    assert compiled["val_loss"] == pytest.approx(plain["val_loss"], abs=1e-3)
+    assert compiled["kept_bytes"] < plain["kept_bytes"] and compiled["peak_bytes"] < plain["peak_bytes"]
