@@ -45,7 +45,6 @@ HERE = Path(__file__).parent / "results"
 LEAN, PAPER = PRESETS["lean"], PRESETS["paper"].replace(norm=None, activation=None)
 POLICIES: dict[str, Config] = {
     "norm groups, 0.2n in 8 bits": LEAN.replace(group=Rank(0.1, 0.1, bits=Bits(8))),
-    "norm groups, 0.6n in 8 bits": LEAN.replace(group=Rank(0.3, 0.3, bits=Bits(8))),
     "linear layers, 0.3n": PAPER.replace(linear=Rank(0.15, 0.15)),
     "linear layers, 0.6n": PAPER,
     "norm groups, 4 bits": LEAN,
