@@ -1,9 +1,12 @@
-"""The table and the figure of docs/methods.md, from what `prac compare` measured.
+r"""The tables and the figure of docs/methods.md, from what `prac compare` measured.
 
-    prac compare --json benchmarks/results/compare.json
+    prac compare --out runs/compare --json benchmarks/results/compare.json
+    prac compare --out runs/compare --resume --json benchmarks/results/compare-more.json --methods plain,\
+        compile,lean+checkpoint2,lean+attention8,co-compression-rp,one-shot,plain+adam-mini,lean+adam-mini
+    python benchmarks/adapters.py
     python benchmarks/methods.py
 
-Rewrites the part of docs/methods.md between its two marks, and draws `results/compare.svg`.
+Rewrites the part of docs/methods.md between its two marks, and draws `results/compare.svg`, of the first of these.
 """
 
 from __future__ import annotations
@@ -21,28 +24,42 @@ PAGE = HERE.parent / "docs" / "methods.md"
 START, END = "<!-- measured: written by benchmarks/methods.py -->", "<!-- end of measured -->"
 
 
-def measured(rows: list[results.Row], name: str) -> str:
-    """The table in Markdown, what it was made by, and the paper's ordering against it."""
-    first = rows[0]
+def side_by_side(rows: list[results.Row], *names: str) -> str:
+    """The table in Markdown, and what it was made by."""
+    first, base = rows[0], results.baseline(rows)
+    assert base is not None
     seeds = len({row["seed"] for row in rows})
-    lines = ["| method | val loss | − plain | kept | peak of a step | time |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        f"| method | val loss | − {base} | kept | peak of a step | time |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     grouped = results.by_method(rows)
     for cells, (method, runs) in zip(table.cells(rows), grouped.items(), strict=True):
-        time = overview.point(runs, grouped["plain"])["time"]
+        time = overview.point(runs, grouped[base])["time"]
         lines.append(f"| `{method}` | {cells[1]} | {cells[2]} | {cells[4]} | {cells[6]} | {time:.2f}× |")
     tokens = first["tokens"] // first["steps"]
+    links = ", ".join(f"[JSON](../benchmarks/results/{name}.json)" for name in names)
     lines += [
         "",
-        f"{first['model']}, {first['steps']} steps of {tokens:,} tokens on {first['data']}, {seeds} seeds; ± is the "
-        f"standard deviation, of the differences seed by seed in the third column "
-        f"([JSON](../benchmarks/results/{name}.json)). Peak: weights, gradients, optimizer state, what is kept and "
-        "temporaries. Time per token, plain = 1.",
-        "",
-        *(f"- {claim}" for claim in ordering(grouped)),
-        "",
-        f"![Peak memory against time, coloured by loss](../benchmarks/results/{name}.svg)",
+        f"{Path(first['model']).name}, {first['parameters'] / 1e6:.1f}M parameters, {first['steps']} steps of "
+        f"{tokens:,} tokens on {first['data']}, {seeds} seed{'s' if seeds > 1 else ''} ({links}).",
     ]
     return "\n".join(lines)
+
+
+def measured(compared: list[results.Row], more: list[results.Row], adapters: list[results.Row]) -> str:
+    """All that is measured, and the paper's ordering against it."""
+    grouped = results.by_method(compared)
+    parts = [
+        side_by_side(compared + [row for row in more if row["method"] not in grouped], "compare", "compare-more"),
+        "± is the standard deviation over seeds, of the differences seed by seed in the third column. Peak: weights, "
+        "gradients, optimizer state, what is kept and temporaries. Time per token, plain = 1.",
+        "\n".join(f"- {claim}" for claim in ordering(grouped)),
+        "![Peak memory against time, coloured by loss](../benchmarks/results/compare.svg)",
+        "Adapters on a pretrained model, by `benchmarks/adapters.py`:",
+        side_by_side(adapters, "adapters"),
+    ]
+    return "\n\n".join(parts)
 
 
 def ordering(grouped: dict[str, list[results.Row]]) -> list[str]:
@@ -68,15 +85,16 @@ def verdict(gaps: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", default="compare", help="of the JSON in benchmarks/results (default: compare)")
-    arguments = parser.parse_args()
-    rows = results.read(HERE / "results" / f"{arguments.name}.json")["rows"]
+    parser.parse_args()
+    compared, more, adapters = (
+        results.read(HERE / "results" / f"{name}.json")["rows"] for name in ("compare", "compare-more", "adapters")
+    )
     with matplotlib.rc_context(plots.STYLE):
-        files.write(HERE / "results" / f"{arguments.name}.svg", plots.on_white(overview.frontier(rows)))
+        files.write(HERE / "results" / "compare.svg", plots.on_white(overview.frontier(compared)))
     page = PAGE.read_text()
     before, rest = page.split(START)
     _, after = rest.split(END)
-    files.write(PAGE, f"{before}{START}\n{measured(rows, arguments.name)}\n{END}{after}")
+    files.write(PAGE, f"{before}{START}\n{measured(compared, more, adapters)}\n{END}{after}")
 
 
 if __name__ == "__main__":

@@ -118,6 +118,20 @@ def test_differences_are_paired_by_seed():
     assert overview.point(noisy[2:], noisy[:2])["harmless"]  # 0.02 ± 0.06 is within the noise, and small
 
 
+def test_without_plain_its_first_variant_is_what_others_are_compared_with():
+    runs = {
+        "lean+lora": ((3.1, 4.1), 50, 500),
+        "plain+lora": ((3.0, 4.0), 100, 1000),
+        "plain+muon": ((2.0, 3.0), 10, 9),
+    }
+    rows = results.against_plain(rows_of(**runs))
+    assert results.baseline(rows) == "plain+lora" and table.headings(rows)[2] == "above plain+lora"
+    assert [row["time_ratio"] for row in rows] == [2, 2, 1, 1, 10, 10]
+    assert table.cells(rows)[0][2] == "+0.100 ± 0.000" and table.cells(rows)[1][2] == "–"
+    assert results.baseline(rows_of(lean=((3.1, 4.1), 50, 500))) is None
+    assert results.baseline(rows_of(**runs, plain=((3.0, 4.0), 1, 1))) == "plain"
+
+
 def test_labels_keep_their_distance():
     places = overview._apart([0.0, 0.01, 0.02, 5.0], 1.0)
     assert places == pytest.approx([-0.99, 0.01, 1.01, 5.0])

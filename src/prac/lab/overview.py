@@ -11,7 +11,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from prac.lab.plots import INK, PALETTE, STYLE, stacked, svg
-from prac.lab.results import Row, by_method, mean, summary
+from prac.lab.results import Row, baseline, by_method, mean, summary
 from prac.lab.table import above
 
 MANY = 4  # from so many methods on, these are drawn
@@ -20,13 +20,14 @@ SMALL, LARGE = 0.01, 0.03
 
 
 def frontier(rows: list[Row]) -> str:
-    """Peak memory against time per token, both in units of plain's, coloured by the loss above plain's.
+    """Peak memory against time per token, both in units of the baseline's, coloured by the loss above it.
 
-    The line joins the methods that nothing beats in both, among those whose loss is not seen to be above plain's
+    The line joins the methods that nothing beats in both, among those whose loss is not seen to be above the baseline's
     (:func:`point`).
     """
-    grouped = by_method(rows)
-    plain = grouped["plain"]
+    grouped, base = by_method(rows), baseline(rows)
+    assert base is not None
+    plain = grouped[base]
     points = {name: point(runs, plain) for name, runs in grouped.items()}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 5.2), layout="constrained")
@@ -47,12 +48,12 @@ def frontier(rows: list[Row]) -> str:
         for p in points.values():
             axes.errorbar(p["time"], p["peak"], xerr=p["time_spread"], color=INK, linewidth=0.7, zorder=2)
         _label(axes, {name: (p["time"], p["peak"]) for name, p in points.items()})
-        bar = figure.colorbar(dots, ax=axes, label="validation loss above plain (nats)", extend="max")
+        bar = figure.colorbar(dots, ax=axes, label=f"validation loss above {base} (nats)", extend="max")
         bar.outline.set_visible(False)
         axes.axhline(1, color=INK, linewidth=0.6, alpha=0.4)
         axes.axvline(1, color=INK, linewidth=0.6, alpha=0.4)
         axes.set(
-            xlabel="time per token, plain = 1", ylabel="peak memory of a step, plain = 1",
+            xlabel=f"time per token, {base} = 1", ylabel=f"peak memory of a step, {base} = 1",
             title="Left and low is good; ringed: no loss seen",
         )  # fmt: skip
         axes.margins(x=0.12)
@@ -133,12 +134,14 @@ def kept(runs: list[dict[str, Any]]) -> str:
 
 
 def gaps(runs: list[dict[str, Any]]) -> str:
-    """Validation loss above plain's through training, the mean over seeds, a line for each method with its name."""
+    """Validation loss above the baseline's by step, the mean over seeds, a line for each method with its name."""
     curves: dict[str, dict[int, dict[int, float]]] = {}
     for run in runs:
         points = {row["step"]: row["val_loss"] for row in run["metrics"] if "val_loss" in row}
         curves.setdefault(run["method"], {})[run["seed"]] = points
-    plain = curves.pop("plain")
+    base = baseline(runs)
+    assert base is not None
+    plain = curves.pop(base)
     ends: list[tuple[float, str, str, float]] = []
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 4.6), layout="constrained")
@@ -158,5 +161,5 @@ def gaps(runs: list[dict[str, Any]]) -> str:
                           va="center", fontsize=8.5)  # fmt: skip
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.margins(x=0.01)
-        axes.set(xlabel="optimizer step", ylabel="nats per token", title="Validation loss above plain training's")
+        axes.set(xlabel="optimizer step", ylabel="nats per token", title=f"Validation loss above {base}'s")
         return svg(figure)

@@ -35,9 +35,9 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def headlines(rows: list[results.Row]) -> list[dict[str, Any]]:
-    """What each method saved and what it cost against plain; without plain, what it measured."""
-    grouped = results.by_method(rows)
-    plain = grouped.pop("plain", None)
+    """What each method saved and what it cost against the baseline; without one, what it measured."""
+    grouped, base = results.by_method(rows), results.baseline(rows)
+    plain = grouped.pop(base) if base else None
     if plain is None or not grouped:
         runs = next(iter(grouped.values()), plain or [])
         facts = [
@@ -58,7 +58,7 @@ def headlines(rows: list[results.Row]) -> list[dict[str, Any]]:
             (f"{1 / ratio['kept_bytes']:.2f}×", "less kept for backward"),
             (f"{ratio['peak_bytes'] - 1:+.0%}", "peak memory"),
             (f"{change:+.3f}", f"validation loss ({ratio['val_ppl'] - 1:+.1%} perplexity)"),
-            (f"{ratio['tokens_per_s']:.2f}×", "the speed of plain"),
+            (f"{ratio['tokens_per_s']:.2f}×", f"the speed of {base}"),
         ]
         found.append({"method": method, "facts": [(number.replace("-", "−"), what) for number, what in facts]})
     return found
@@ -67,26 +67,27 @@ def headlines(rows: list[results.Row]) -> list[dict[str, Any]]:
 def answers(rows: list[results.Row]) -> list[tuple[str, str]]:
     """Which method to take for what, as far as these runs can tell: a question and its answer each.
 
-    :func:`prac.lab.overview.point` says when a loss is seen to be above plain's.
+    :func:`prac.lab.overview.point` says when a loss is seen to be above the baseline's.
     """
-    grouped = results.by_method(rows)
-    points = {name: overview.point(runs, grouped["plain"]) for name, runs in grouped.items()}
+    grouped, base = results.by_method(rows), results.baseline(rows)
+    assert base is not None
+    points = {name: overview.point(runs, grouped[base]) for name, runs in grouped.items()}
     harmless = {name: point for name, point in points.items() if point["harmless"]}
     no_slower = {name: point for name, point in harmless.items() if point["time"] <= 1.05}
 
     def told(name: str) -> str:
         point = points[name]
         gap = f"{point['gap']:+.3f}".replace("-", "−")
-        return f"{name}: {point['peak']:.0%} of plain's peak, {point['time']:.2f}× its time, {gap} nats"
+        return f"{name}: {point['peak']:.0%} of {base}'s peak, {point['time']:.2f}× its time, {gap} nats"
 
     def least(found: dict[str, Any], what: str) -> str:
         return told(min(found, key=lambda name: found[name][what]))
 
     return [
         ("Least memory, no loss seen", least(harmless, "peak")),
-        ("Least memory at plain's speed, no loss seen", least(no_slower, "peak")),
+        (f"Least memory at {base}'s speed, no loss seen", least(no_slower, "peak")),
         ("Least memory at all", least(points, "peak")),
-        ("Lowest loss beside plain", least({n: p for n, p in points.items() if n != "plain"}, "gap")),
+        (f"Lowest loss beside {base}", least({n: p for n, p in points.items() if n != base}, "gap")),
     ]
 
 
@@ -99,15 +100,16 @@ def render(folders: Sequence[Path], argv: Sequence[str]) -> str:
     )
     first = {method: group[0] for method, group in results.by_method(runs).items()}
     common, own = _options(runs)
-    many = len(first) >= overview.MANY and "plain" in first
+    base = results.baseline(rows)
+    many = len(first) >= overview.MANY and base is not None
     # With many methods, a page for each run has these.
     measured = {} if many else {method: run for method, run in first.items() if run["layers"]}
     return environment.get_template("report.html.j2").render(
         rows=rows,
         headlines=[] if many else headlines(rows),
-        against_plain="plain" in first and len(first) > 1,
+        baseline=base if len(first) > 1 else None,
         colours=plots.COLOURS,
-        headings=table.HEADINGS,
+        headings=table.headings(rows),
         lines=table.cells(rows),
         reference=table.reference(rows),
         many=many,

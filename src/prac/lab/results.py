@@ -60,9 +60,16 @@ def by_method(rows: list[Row]) -> dict[str, list[Row]]:
     return grouped
 
 
+def baseline(rows: list[Row]) -> str | None:
+    """The method that others are compared with: ``plain``, else the first of ``plain+…``, else none."""
+    names = list(by_method(rows))
+    return next((name for name in ("plain", *names) if name in names and name.split("+")[0] == "plain"), None)
+
+
 def against_plain(rows: list[Row]) -> list[Row]:
-    """The rows with ``time_ratio``: time per token in units of plain's with the same seed; None where there is none."""
-    plain = {row["seed"]: row["tokens_per_s"] for row in rows if row["method"] == "plain"}
+    """The rows with ``time_ratio``: time per token over the baseline's with the same seed; None where there is none."""
+    base = baseline(rows)
+    plain = {row["seed"]: row["tokens_per_s"] for row in rows if row["method"] == base}
     return [
         row | {"time_ratio": plain[row["seed"]] / row["tokens_per_s"] if row["seed"] in plain else None} for row in rows
     ]

@@ -5,23 +5,28 @@ from __future__ import annotations
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from prac.lab.results import Row, by_method, mean, summary
+from prac.lab.results import Row, baseline, by_method, mean, summary
 from prac.memory.breakdown import size
 
-HEADINGS = (
-    "method", "val loss", "above plain", "perplexity", "kept for backward", "less kept", "peak memory",
-    "tokens/s", "speed",
-)  # fmt: skip
-SHORT = ("method", "val loss", "− plain", "", "kept", "", "peak", "", "speed")  # "": no room in a terminal
+
+def headings(rows: list[Row]) -> tuple[str, ...]:
+    """Of the columns of :func:`cells`."""
+    plain = baseline(rows) or "plain"
+    return (
+        "method", "val loss", f"above {plain}", "perplexity", "kept for backward", "less kept", "peak memory",
+        "tokens/s", "speed",
+    )  # fmt: skip
 
 
 def cells(rows: list[Row]) -> list[tuple[str, ...]]:
-    """One line per method under :data:`HEADINGS`, means over its seeds; ± is their standard deviation.
+    """One line per method under :func:`headings`, means over its seeds; ± is their standard deviation.
 
-    "Above plain" is the mean of the differences seed by seed, which share weights and data, and its own deviation.
+    What is "above plain", or another baseline, is the mean of the differences seed by seed, which share weights and
+    data, and its own deviation.
     """
     grouped = by_method(rows)
-    plain = grouped.get("plain")
+    base = baseline(rows)
+    plain = grouped[base] if base else None
     lines: list[tuple[str, ...]] = []
     for method, runs in grouped.items():
         less = f"{mean(plain, 'kept_bytes') / mean(runs, 'kept_bytes'):.2f}×" if plain else "–"
@@ -31,7 +36,7 @@ def cells(rows: list[Row]) -> list[tuple[str, ...]]:
             (
                 method,
                 _spread([row["val_loss"] for row in runs], ".3f"),
-                _spread(gaps, "+.3f").replace("-", "−") if gaps and method != "plain" else "–",
+                _spread(gaps, "+.3f").replace("-", "−") if gaps and method != base else "–",
                 f"{mean(runs, 'val_ppl'):.1f}",
                 size(mean(runs, "kept_bytes")),
                 less,
@@ -64,11 +69,13 @@ def render(rows: list[Row], title: str) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    for index, heading in enumerate(SHORT):
+    plain = baseline(rows) or "plain"
+    short = ("method", "val loss", f"− {plain}", "", "kept", "", "peak", "", "speed")  # "": no room in a terminal
+    for index, heading in enumerate(short):
         if heading:
             table.add_column(heading, justify="right" if index else "left", no_wrap=True)
     for line in cells(rows):
-        table.add_row(*(cell for cell, heading in zip(line, SHORT, strict=True) if heading))
+        table.add_row(*(cell for cell, heading in zip(line, short, strict=True) if heading))
     return table
 
 
