@@ -49,6 +49,7 @@ STYLE: dict[str, Any] = {
     "axes.titlelocation": "left",
     "axes.titlesize": 11,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.15,
     "grid.color": INK,
     "legend.frameon": False,
