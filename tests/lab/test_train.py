@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 import prac
 from prac import monitor
 from prac.cli import main
-from prac.lab import models, report, results, train
+from prac.lab import callbacks, models, report, results, train
 from prac.lab.options import Options
 from prac.presets import PRESETS
 
@@ -174,6 +174,31 @@ def test_resume_is_exact(method, runs, options, tmp_path):
     assert all(torch.equal(old[name], new[name]) for name in old)
     assert results.read(tmp_path / "spectrum.json") == results.read(whole / "spectrum.json")
     assert monitor.read(tmp_path / "layers.jsonl") == monitor.read(whole / "layers.jsonl")
+
+
+def test_a_bar_shows_the_evaluation_after_training(monkeypatch):
+    bars = []
+
+    class Bar:
+        def __init__(self, total, **_):
+            self.total, self.count, self.open = total, 0, True
+            bars.append(self)
+
+        def update(self, count):
+            self.count += count
+
+        def close(self):
+            self.open = False
+
+    monkeypatch.setattr(callbacks, "tqdm", Bar)
+    progress, state = callbacks.Progress("plain"), TrainerState(max_steps=3)
+    progress.on_train_begin(None, state, None)
+    progress.on_prediction_step(None, state, None, eval_dataloader=range(5))  # one during training needs no bar
+    progress.on_train_end(None, state, None)
+    for _ in range(5):
+        progress.on_prediction_step(None, state, None, eval_dataloader=range(5))
+    progress.on_evaluate(None, state, None)
+    assert [(bar.total, bar.count, bar.open) for bar in bars] == [(3, 0, False), (5, 5, False)]
 
 
 def test_every_layer_is_measured_and_shown(runs, tmp_path, capsys):

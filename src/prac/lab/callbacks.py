@@ -123,20 +123,20 @@ class Metrics(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """A progress bar with the training loss (smoothed) and the last validation loss."""
+    """A bar of the steps, with the training loss (smoothed) and the last validation loss; then one of evaluation."""
 
     def __init__(self, title: str) -> None:
         self.title = title
         self.shown: dict[str, str] = {}
         self._loss: float | None = None
         self._bar: Any = None
+        self._evaluation: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Open the bar at the step that training starts from."""
         if state.is_world_process_zero:
-            every = 0.2 if sys.stderr.isatty() else 30
             self._bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", mininterval=every
+                total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", mininterval=_every()
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -161,6 +161,34 @@ class Progress(TrainerCallback):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **_: Any,
+    ) -> None:
+        """Move the bar of an evaluation after training, which reads all of the validation text."""
+        if self._bar is None and state.is_world_process_zero:
+            if self._evaluation is None:
+                self._evaluation = tqdm(
+                    total=len(eval_dataloader), desc=f"{self.title}, evaluation", unit="batch", mininterval=_every(),
+                    delay=2, leave=False,
+                )  # fmt: skip
+            self._evaluation.update(1)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Close that bar."""
+        if self._evaluation is not None:
+            self._evaluation.close()
+            self._evaluation = None
+
+
+def _every() -> float:
+    """Seconds between two looks of a bar: few in a log."""
+    return 0.2 if sys.stderr.isatty() else 30
 
 
 class Spectra(TrainerCallback):
