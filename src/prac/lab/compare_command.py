@@ -20,6 +20,8 @@ examples:
       go on after an interruption; runs that are complete are not run again
   prac compare --methods plain,lean,plain+muon,lean+muon,lean+checkpoint2 --seed 0 1 2 3 4 --workers 2
       combinations, five seeds; two runs at a time, which is faster and makes times worth less
+  prac compare --model HuggingFaceTB/SmolLM2-135M --methods plain+lora,checkpoint+lora,velora,lean+lora --lr 5e-4
+      adapters on a pretrained model, beside plain LoRA
   prac compare --model llama-60m --data allenai/c4:en --max-tokens 100000000 --tokenizer t5-base --bf16 --steps 2000
       the paper's setting, where there is a GPU
 """
@@ -30,7 +32,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "compare",
         help="methods side by side: loss, memory, time",
-        description="Train with every method on the same model, data order and seeds, and show what each costs.",
+        description="Train with every method on the same model, data order and seeds, and show what each costs "
+        "beside plain training, or beside the first of plain+… where plain is not among the methods.",
         epilog=EXAMPLES,
     )
     parser.add_argument("--methods", default=DEFAULTS, metavar="NAMES",
