@@ -3,14 +3,14 @@
     python benchmarks/control.py                       # every run, then the table; goes on where it stopped
 
 An update in a quarter of the directions is half as long as AdamW's, whatever the directions are, while embedding
-and head learn as ever. Here the matrices of the blocks get AdamW's update times 1, 1/2 and 1/4. What of GaLore's
-difference to plain training remains beside these is due to its directions. Writes `results/control.json`.
+and head learn as ever. Here the matrices of the blocks get AdamW's update times 1, 1/2 and 1/4, in plain training
+and, times 1/4, with PRAC. What of GaLore's difference to plain training remains beside these is due to its
+directions. Writes `results/control.json`.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -52,25 +52,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the recipe's)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.5, 0.25])
+    parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.5, 0.25], help="in plain training")
+    parser.add_argument("--methods", nargs="+", default=["paper", "lean"], help="with the last share too")
     parser.add_argument("--runs", type=Path, default=Path("runs/control"), help="run folders go here")
     parser.add_argument("--compare", type=Path, default=HERE / "compare.json", help="what prac compare measured")
     arguments = parser.parse_args()
 
-    given = ["train", "--method", "plain", "--save-every", "0"]
+    given = ["train", "--save-every", "0"]
     given += [] if arguments.steps is None else ["--steps", str(arguments.steps)]
-    options = command.options(command_line().parse_args(given), "plain", 0)
+    settings = [("plain", share) for share in arguments.shares]
+    settings += [(method, arguments.shares[-1]) for method in arguments.methods]
     rows = []
     for seed in arguments.seeds:
-        for share in arguments.shares:
-            each = dataclasses.replace(options, seed=seed)
-            out = arguments.runs / f"blocks-{share:g}-seed{seed}"
-            row = train.run(each, out, resume=True, callbacks=[SlowBlocks(share)])
-            rows.append(row | {"method": f"plain, blocks × {share:g}", "share": share})
+        for method, share in settings:
+            options = command.options(command_line().parse_args(given), method, seed)
+            out = arguments.runs / f"{method}-blocks-{share:g}-seed{seed}"
+            row = train.run(options, out, resume=True, callbacks=[SlowBlocks(share)])
+            rows.append(row | {"method": f"{method}, blocks × {share:g}", "share": share})
     others = results.read(arguments.compare)["rows"] if arguments.compare.exists() else []
     shown = results.by_method(rows + [row for row in others if row["method"] in ("galore", "rso", "compact")])
 
-    table = Table(title=f"{options.model}, {options.steps} steps: validation loss, and its difference to plain's")
+    table = Table(title=f"{rows[0]['model']}, {rows[0]['steps']} steps: validation loss, and its difference to plain's")
     for heading in ("setting", "val loss", "− plain"):
         table.add_column(heading, justify="left" if heading == "setting" else "right")
     plain = next(iter(shown.values()))
