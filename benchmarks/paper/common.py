@@ -238,7 +238,7 @@ def curves(runs: Mapping[str, Run], title: str) -> Figure:
     figure = Figure(figsize=(8.6, 4.2), layout="constrained")
     axes = figure.subplots()
     for index, (setting, group) in enumerate(by_setting(runs).items()):
-        tables = [{line["step"]: line["val_loss"] for line in r["metrics"] if "val_loss" in line} for r in group]
+        tables = [results.validation(run) for run in group]
         steps = [step for step in tables[0] if all(step in t for t in tables)]
         values = [[t[step] for t in tables] for step in steps]
         line(axes, steps, values, setting, index)

@@ -16,6 +16,7 @@ from claims import Gap, below
 from matplotlib.figure import Figure
 
 from prac.config import Rank
+from prac.lab import results
 from prac.presets import PRESETS
 
 FACTORS = (0.2, 0.5, 1.2)
@@ -36,12 +37,9 @@ def settings() -> dict[str, list[str]]:
 def draw(runs: Mapping[str, common.Run], title: str) -> Figure:
     """Loss less that of k0 with the same seed, by step: what seeds share would hide the differences otherwise."""
     figure = Figure(figsize=(8.6, 3.8), layout="constrained")
-    groups = common.by_setting(runs)
     losses = {
-        setting: {
-            run["row"]["seed"]: {m["step"]: m["val_loss"] for m in run["metrics"] if "val_loss" in m} for run in group
-        }
-        for setting, group in groups.items()
+        setting: {run["seed"]: results.validation(run) for run in group}
+        for setting, group in common.by_setting(runs).items()
     }
     base = losses.get("paper", {})
     for axes, kind in zip(figure.subplots(1, 2, sharey=True), KINDS, strict=True):

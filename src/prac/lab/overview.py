@@ -11,7 +11,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from prac.lab.plots import INK, PALETTE, STYLE, stacked, svg
-from prac.lab.results import Row, baseline, by_method, mean, summary
+from prac.lab.results import Row, baseline, by_method, mean, summary, validation
 from prac.lab.table import above
 
 MANY = 4  # from so many methods on, these are drawn
@@ -25,10 +25,7 @@ def frontier(rows: list[Row]) -> str:
     The line joins the methods that nothing beats in both, among those whose loss is not seen to be above the baseline's
     (:func:`point`).
     """
-    grouped, base = by_method(rows), baseline(rows)
-    assert base is not None
-    plain = grouped[base]
-    points = {name: point(runs, plain) for name, runs in grouped.items()}
+    base, points = baseline(rows), against_baseline(rows)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 5.2), layout="constrained")
         axes = figure.subplots()
@@ -75,6 +72,18 @@ def _apart(values: list[float], distance: float) -> list[float]:
     return [
         statistics.fmean(group) + distance * (i - (len(group) - 1) / 2) for group in groups for i in range(len(group))
     ]
+
+
+def against_baseline(rows: list[Row]) -> dict[str, dict[str, Any]]:
+    """The :func:`point` of every method.
+
+    Raises:
+        ValueError: if no method is one to compare with.
+    """
+    grouped, base = by_method(rows), baseline(rows)
+    if base is None:
+        raise ValueError(f"nothing to compare {', '.join(grouped)} with: plain, or a method of plain+…, is missing.")
+    return {name: point(runs, grouped[base]) for name, runs in grouped.items()}
 
 
 def point(runs: list[Row], plain: list[Row]) -> dict[str, Any]:
@@ -137,8 +146,7 @@ def gaps(runs: list[dict[str, Any]]) -> str:
     """Validation loss above the baseline's by step, the mean over seeds, a line for each method with its name."""
     curves: dict[str, dict[int, dict[int, float]]] = {}
     for run in runs:
-        points = {row["step"]: row["val_loss"] for row in run["metrics"] if "val_loss" in row}
-        curves.setdefault(run["method"], {})[run["seed"]] = points
+        curves.setdefault(run["method"], {})[run["seed"]] = validation(run)
     base = baseline(runs)
     assert base is not None
     plain = curves.pop(base)

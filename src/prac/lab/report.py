@@ -69,9 +69,7 @@ def answers(rows: list[results.Row]) -> list[tuple[str, str]]:
 
     :func:`prac.lab.overview.point` says when a loss is seen to be above the baseline's.
     """
-    grouped, base = results.by_method(rows), results.baseline(rows)
-    assert base is not None
-    points = {name: overview.point(runs, grouped[base]) for name, runs in grouped.items()}
+    base, points = results.baseline(rows), overview.against_baseline(rows)
     harmless = {name: point for name, point in points.items() if point["harmless"]}
     no_slower = {name: point for name, point in harmless.items() if point["time"] <= 1.05}
 

@@ -75,6 +75,11 @@ def against_plain(rows: list[Row]) -> list[Row]:
     ]
 
 
+def validation(run: dict[str, Any]) -> dict[int, float]:
+    """The validation losses of a whole run by step."""
+    return {line["step"]: line["val_loss"] for line in run["metrics"] if "val_loss" in line}
+
+
 def mean(rows: list[Row], key: str) -> float:
     """The mean of one column."""
     return statistics.fmean(row[key] for row in rows)
