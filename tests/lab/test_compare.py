@@ -2,11 +2,15 @@
 
 import json
 import re
+import socket
+import threading
+from types import SimpleNamespace
 
 import pytest
 
 from prac.cli import main
-from prac.lab import compare, overview, report, results, table
+from prac.lab import compare, overview, report, results, table, turns
+from prac.lab.callbacks import Metrics
 
 METHODS = ("plain", "checkpoint", "galore", "lean")
 
@@ -82,6 +86,8 @@ def test_it_goes_on_where_it_stopped(compared, monkeypatch, capsys):
     [
         (["--methods", "plain,papier"], "unknown method 'papier'"),
         (["--workers", "0"], "--workers must be at least 1"),
+        (["--turns", "0"], "--turns must be at least 1 step"),
+        (["--turns", "5", "--workers", "2"], "--turns has one run at work at a time"),
         (["--methods", "plain,plain+lora", "--model", "no/such"], "unknown model"),
     ],
 )
@@ -89,6 +95,56 @@ def test_bad_input_is_one_line(more, message, argv, tmp_path, capsys):
     assert main([*argv, "--out", str(tmp_path), *more]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and message in err
+
+
+def test_runs_take_turns(argv, compared, tmp_path, monkeypatch, capsys):
+    """A step each, round after round, until one fails, which takes no other with it; and to the same losses."""
+    order = []
+    turn = turns._Run.turn
+
+    def watched(self):
+        method = self.argv[self.argv.index("--method") + 1]
+        if method == "rso" and "rso" in order:  # at its second turn it is gone
+            self.process.kill()
+        order.append(method)
+        return turn(self)
+
+    monkeypatch.setattr(turns._Run, "turn", watched)
+    command = [*argv[: argv.index("--seed")], "--seed", "1", "--methods", "plain,rso,checkpoint", "--turns", "1"]
+    assert main([*command, "--out", str(tmp_path), "--json", str(tmp_path / "rows.json")]) == 1
+    assert order == ["plain", "rso", "checkpoint"] * 2 + ["plain", "checkpoint"]
+    assert "rso seed 1 failed (exit code -9)" in capsys.readouterr().err
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    losses = {row["method"]: row["val_loss"] for row in rows}
+    assert [row["time_ratio"] is not None for row in rows] == [True, True] and list(losses) == ["plain", "checkpoint"]
+    before = json.loads((compared[0] / "rows.json").read_text())["rows"]
+    for row in before:
+        if row["seed"] == 1 and row["method"] in losses:
+            assert losses[row["method"]] == pytest.approx(row["val_loss"], abs=1e-5)
+
+
+def test_waiting_for_a_turn_is_off_the_clock(tmp_path):
+    """And a run whose command has ended says so, and ends too."""
+    ours, theirs = socket.socketpair()
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    ours.sendall(b"\n")
+    callback = turns.Turns(theirs, 2, metrics)
+    metrics._since = 100.0
+
+    def step(number):
+        callback.on_step_end(None, SimpleNamespace(global_step=number, max_steps=6), None)
+
+    step(1)  # not its turn's last
+    step(6)  # nothing left to do in another turn
+    giver = threading.Timer(0.2, ours.sendall, [b"\n"])
+    giver.start()
+    step(2)
+    giver.join()
+    assert ours.recv(10) == b"\n"
+    assert 100.2 <= metrics._since < 110
+    ours.close()
+    with pytest.raises(RuntimeError, match="has ended: go on with --resume"):
+        step(4)
 
 
 def rows_of(**methods):

@@ -220,8 +220,9 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 
 def run_several(
-    wanted: list[Options], out: Path, arguments: argparse.Namespace, argv: list[str], name: str, workers: int = 1
-) -> int:
+    wanted: list[Options], out: Path, arguments: argparse.Namespace, argv: list[str], name: str, workers: int = 1,
+    steps_of_turn: int = 0,
+) -> int:  # fmt: skip
     """Run each of ``wanted`` in a process of its own and show them side by side; returns 1 if some failed."""
     import rich.console  # noqa: F401  likewise
 
@@ -232,7 +233,7 @@ def run_several(
     for each in [] if arguments.resume or arguments.overwrite else wanted:
         run_folder.check_free(compare.folder(out, each))
     train.prepare(wanted[0])
-    rows, failures = compare.run_each(wanted, out, argv, arguments.resume, workers)
+    rows, failures = compare.run_each(wanted, out, argv, arguments.resume, workers, steps_of_turn)
     if rows:
         _show(rows, [Path(row["out"]) for row in rows], out, arguments, argv, name)
     for failure in failures:

@@ -7,9 +7,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 
-from prac.lab import results, run_folder
+from prac.lab import results, run_folder, turns
 from prac.lab.options import Options
 
 
@@ -19,32 +20,39 @@ def folder(out: Path, options: Options) -> Path:
 
 
 def run_each(
-    wanted: Sequence[Options], out: Path, argv: Sequence[str], resume: bool, workers: int = 1
+    wanted: Sequence[Options], out: Path, argv: Sequence[str], resume: bool, workers: int = 1, steps_of_turn: int = 0
 ) -> tuple[list[results.Row], list[str]]:
     """Run ``python -m prac`` with ``argv`` narrowed to each of ``wanted``, ``workers`` at a time.
 
     A process of its own gives each run its own peak memory, and a failure takes no other run with it. With
-    ``resume``, runs that are complete are not run again.
+    ``resume``, runs that are complete are not run again. With ``steps_of_turn``, those of one seed take turns of so
+    many steps (:mod:`prac.lab.turns`).
 
     Returns:
         The rows of the runs that finished, and a line for each that failed, in the order of ``wanted``.
     """
-    threads = threads_each(workers)
-    complete = [run_folder.finished(options, folder(out, options)) if resume else None for options in wanted]
+    done = [run_folder.finished(options, folder(out, options)) if resume else None for options in wanted]
+    missing = [options for options, row in zip(wanted, done, strict=True) if row is None]
+    commands = [narrowed(options, folder(out, options), argv) for options in missing]
+    if steps_of_turn:
+        codes = []
+        for _, group in groupby(zip(missing, commands, strict=True), key=lambda each: each[0].seed):
+            codes += turns.take_turns([command for _, command in group], steps_of_turn)
+    else:
+        threads = threads_each(workers)
+        with ThreadPoolExecutor(workers) as pool:
+            codes = list(pool.map(lambda command: launch(command, threads), commands))
 
-    def run(options: Options, done: results.Row | None) -> results.Row | str:
-        if done is not None:
-            return done
+    rows, failures, ended = [], [], iter(codes)
+    for options, row in zip(wanted, done, strict=True):
         target = folder(out, options)
-        code = launch(narrowed(options, target, argv), threads)
-        if code == 0:
-            found: results.Row = results.read(target / "result.json")["rows"][0]
-            return found
-        return f"{options.method} seed {options.seed} failed (exit code {code}); its folder is {target}"
-
-    with ThreadPoolExecutor(workers) as pool:
-        found = list(pool.map(run, wanted, complete))
-    return [row for row in found if not isinstance(row, str)], [line for line in found if isinstance(line, str)]
+        if row is not None:
+            rows.append(row)
+        elif (code := next(ended)) == 0:
+            rows.append(results.read(target / "result.json")["rows"][0])
+        else:
+            failures.append(f"{options.method} seed {options.seed} failed (exit code {code}); its folder is {target}")
+    return rows, failures
 
 
 def threads_each(workers: int) -> int | None:
@@ -61,7 +69,7 @@ def launch(argv: Sequence[str], threads: int | None = None) -> int:
 def narrowed(options: Options, target: Path, argv: Sequence[str]) -> list[str]:
     """``argv`` narrowed to one run of ``prac train``; of an option given twice the last one counts."""
     one = ["--method", options.method, "--seed", str(options.seed), "--out", str(target), "--quiet"]
-    return ["train", *_without(argv[1:], ("--json", "--methods", "--workers")), *one]
+    return ["train", *_without(argv[1:], ("--json", "--methods", "--workers", "--turns")), *one]
 
 
 def _without(argv: Sequence[str], names: tuple[str, ...]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ examples:
       every method on the demo's model and data, three seeds each; some two hours on two cores
   prac compare --methods plain,checkpoint,lean --steps 100 --json small.json
       three methods and shorter runs; the numbers in a file
+  prac compare --turns 10
+      the same with times to trust: on each seed, all methods take turns of ten steps; 10 GiB
   prac compare --resume
       go on after an interruption; runs that are complete are not run again
   prac compare --methods plain,lean,plain+muon,lean+muon,lean+checkpoint2 --seed 0 1 2 3 4 --workers 2
@@ -42,6 +45,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--workers", type=int, default=1, metavar="N",
         help="runs at a time, sharing the processor; times are comparable with one (default: 1)",
     )  # fmt: skip
+    parser.add_argument("--turns", type=int, metavar="STEPS",
+        help="the runs of a seed take turns of so many steps, so that a slow minute slows all of them: the times to "
+        "trust; all of them are in memory together (default: one run after the other)",
+    )  # fmt: skip
     command.add_settings(parser, seeds=[0, 1, 2])
     parser.set_defaults(run=run)
 
@@ -54,8 +61,15 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     """
     if arguments.workers < 1:
         raise ValueError(f"--workers must be at least 1, got {arguments.workers}.")
+    if arguments.turns is not None:
+        if arguments.turns < 1:
+            raise ValueError(f"--turns must be at least 1 step, got {arguments.turns}.")
+        if arguments.workers > 1:
+            raise ValueError("--turns has one run at work at a time: leave --workers away.")
+        if os.name != "posix":
+            raise ValueError("--turns needs sockets that a process can inherit: Linux or macOS.")
     chosen = methods.names([arguments.methods])
     # One seed after the other: a slow hour of the machine then hits every method alike.
     wanted = [command.options(arguments, method, seed) for seed in arguments.seed for method in chosen]
     out = arguments.out or Path("runs") / f"compare-{Path(arguments.model).name}"
-    return command.run_several(wanted, out, arguments, argv, "compare", arguments.workers)
+    return command.run_several(wanted, out, arguments, argv, "compare", arguments.workers, arguments.turns or 0)

@@ -21,6 +21,7 @@ from prac.lab import checkpoints, data, measure, methods, models, optimizers, pe
 from prac.lab.callbacks import Layers, Metrics, Progress, Spectra
 from prac.lab.options import Options
 from prac.lab.trainer import LastingTrainer
+from prac.lab.turns import Turns
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -124,6 +125,7 @@ def run(
             checkpoints.Seal(handle),
             Spectra(out / "spectrum.json", measure.middle_linear(model), spectra_batch),
             *(_tensorboard(out, checkpoint) if arguments.process_index == 0 else ()),
+            *Turns.wanted(metrics),
             *callbacks,
         ],
     )
