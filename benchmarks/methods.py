@@ -1,7 +1,7 @@
 r"""The tables and the figure of docs/methods.md, from what `prac compare` measured.
 
-    prac compare --out runs/compare --json benchmarks/results/compare.json
-    prac compare --out runs/compare --resume --json benchmarks/results/compare-more.json --methods plain,\
+    prac compare --turns 10 --out runs/compare --json benchmarks/results/compare.json
+    prac compare --turns 10 --out runs/more --json benchmarks/results/compare-more.json --methods plain,\
         compile,lean+checkpoint2,lean+attention8,co-compression-rp,one-shot,plain+adam-mini,lean+adam-mini
     python benchmarks/adapters.py
     python benchmarks/methods.py

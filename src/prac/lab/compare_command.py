@@ -14,7 +14,7 @@ DEFAULTS = "plain,checkpoint,selective,galore,rso,loract,co-compression,compact,
 EXAMPLES = """
 examples:
   prac compare
-      every method on the demo's model and data, three seeds each; some two hours on two cores
+      every method on the demo's model and data, three seeds each; some 70 minutes on two cores
   prac compare --methods plain,checkpoint,lean --steps 100 --json small.json
       three methods and shorter runs; the numbers in a file
   prac compare --turns 10
