@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,18 +76,26 @@ def parameters(size: str, more: list[str]) -> tuple[int, int]:
 
 
 def draw(points: dict[str, list[tuple[int, float]]], laws: dict[str, PowerLaw]) -> Figure:
-    figure = Figure(figsize=(6.8, 4.2), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(9.2, 4.2), layout="constrained")
+    axes, beside = figure.subplots(1, 2, width_ratios=[3, 2])
     for index, (method, found) in enumerate(points.items()):
-        law, colour = laws[method], common.COLOURS[index]
+        # Points of all methods on the same size would hide each other, and a line on another one does.
+        law, colour, aside = laws[method], common.COLOURS[index], 1.05 ** (index - 1)
         sizes = sorted({n for n, _ in found})
-        axes.plot(*zip(*found, strict=True), "o", color=colour, markersize=4.5)
+        axes.plot([n * aside for n, _ in found], [loss for _, loss in found], "o", color=colour, markersize=4)
         label = f"{method}: N^−{law.b:.3f} (± {law.error:.3f})"
-        axes.plot(sizes, [law.a * n**-law.b for n in sizes], color=colour, linewidth=1.3, label=label)
+        style = "--" if index else "-"
+        axes.plot(sizes, [law.a * n**-law.b for n in sizes], style, color=colour, linewidth=1.3, label=label)
+        if method != "plain" and "plain" in points:
+            plain = {n: statistics.fmean(loss for m, loss in points["plain"] if m == n) for n in sizes}
+            above = [statistics.fmean(loss for m, loss in found if m == n) - plain[n] for n in sizes]
+            beside.plot(sizes, above, "o-", color=colour, linewidth=1.3, markersize=4, label=method)
     axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="validation loss", title="Loss against size")
-    axes.yaxis.set_major_formatter("{x:.2f}")
-    axes.yaxis.set_minor_formatter("{x:.2f}")
-    axes.legend(fontsize=8.5)
+    axes.yaxis.set_major_formatter("{x:.1f}")
+    axes.yaxis.set_minor_formatter("{x:.1f}")
+    axes.legend()
+    beside.axhline(0, color="#1b1f24", linewidth=0.8)
+    beside.set(xscale="log", xlabel="parameters", ylabel="nats", title="Loss above plain's")
     return figure
 
 
