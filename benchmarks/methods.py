@@ -28,6 +28,7 @@ def side_by_side(rows: list[results.Row], *names: str) -> str:
     """The table in Markdown, and what it was made by."""
     first, base = rows[0], results.baseline(rows)
     seeds = len({row["seed"] for row in rows})
+    single = seeds > 1 and any(len(runs) == 1 for runs in results.by_method(rows).values())
     lines = [
         f"| method | val loss | − {base} | kept | peak of a step | time |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -39,7 +40,8 @@ def side_by_side(rows: list[results.Row], *names: str) -> str:
     lines += [
         "",
         f"{Path(first['model']).name}, {first['parameters'] / 1e6:.1f}M parameters, {first['steps']} steps of "
-        f"{tokens:,} tokens on {first['data']}, {seeds} seed{'s' if seeds > 1 else ''} ({links}).",
+        f"{tokens:,} tokens on {Path(first['data']).name}, {seeds} seed{'s' if seeds > 1 else ''}"
+        f"{' (one where there is no ±)' if single else ''} ({links}).",
     ]
     return "\n".join(lines)
 
