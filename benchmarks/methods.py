@@ -1,9 +1,9 @@
 r"""The tables and the figure of docs/methods.md, from what `prac compare` measured.
 
     prac compare --turns 10 --out runs/compare --json benchmarks/results/compare.json
-    prac compare --turns 10 --out runs/more --json benchmarks/results/compare-more.json --methods plain,\
+    prac compare --turns 10 --seed 0 --out runs/more --json benchmarks/results/compare-more.json --methods plain,\
         compile,lean+checkpoint2,lean+attention8,co-compression-rp,one-shot,plain+adam-mini,lean+adam-mini
-    python benchmarks/adapters.py
+    python benchmarks/adapters.py --seed 0 --turns 5
     python benchmarks/methods.py
 
 Rewrites the part of docs/methods.md between its two marks, and draws `results/compare.svg`, of the first of these.
