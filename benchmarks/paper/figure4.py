@@ -89,12 +89,12 @@ def draw(points: dict[str, list[tuple[int, float]]], laws: dict[str, PowerLaw]) 
         if method != "plain" and "plain" in points:
             plain = {n: statistics.fmean(loss for m, loss in points["plain"] if m == n) for n in sizes}
             above = [statistics.fmean(loss for m, loss in found if m == n) - plain[n] for n in sizes]
-            beside.plot(sizes, above, "o-", color=colour, linewidth=1.3, markersize=4, label=method)
+            beside.plot(sizes, above, "o-", color=colour, linewidth=1.3, markersize=4)
     axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="validation loss", title="Loss against size")
     axes.yaxis.set_major_formatter("{x:.1f}")
     axes.yaxis.set_minor_formatter("{x:.1f}")
     axes.legend()
-    beside.axhline(0, color="#1b1f24", linewidth=0.8)
+    beside.axhline(0, color=common.COLOURS[-1], linewidth=0.8)
     beside.set(xscale="log", xlabel="parameters", ylabel="nats", title="Loss above plain's")
     return figure
 
