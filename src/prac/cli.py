@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import traceback
@@ -43,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 if some of its runs failed, 2 for an error, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    # Where it is installed transformers imports it, and it says at once which kernels it misses; none is used here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     arguments = parser().parse_args(argv)
     try:
         code: int = arguments.run(arguments, argv)

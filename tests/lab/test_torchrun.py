@@ -57,6 +57,45 @@ def test_train_and_resume_on_another_number_of_processes(kind, corpus_file, tmp_
     assert all((resumed[name] - final[name]).norm() < 0.2 * final[name].norm() for name in final)
 
 
+PARTING = """
+import os, socket, sys
+import torch
+from accelerate import PartialState
+from prac.lab.trainer import leave_processes
+
+def work():
+    PartialState(cpu=True)
+    for _ in range(40):  # left to Gloo's threads, with tensors that Python knows
+        parts_2N = [torch.ones(200_000) for _ in range(2)]
+        torch.distributed.all_gather(parts_2N, torch.ones(200_000), async_op=True)
+        del parts_2N
+    leave_processes()
+    assert not torch.distributed.is_initialized()
+
+failed = 0
+for _ in range(3):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=port, WORLD_SIZE="2")
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if not child:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            work()
+            sys.exit(0)  # through all that Python does at its end, as os._exit would not
+        children.append(child)
+    failed += sum(os.waitpid(child, 0)[1] != 0 for child in children)
+sys.exit(failed)
+"""
+
+
+def test_processes_part_before_python_comes_down():
+    ran = subprocess.run([sys.executable, "-c", PARTING], capture_output=True, text=True, check=False, timeout=300)
+    assert ran.returncode == 0, f"{ran.returncode} of 6 processes failed: {ran.stderr[-2000:]}"
+
+
 def test_sharding_needs_processes(corpus_file, tmp_path, capsys):
     from prac.cli import main
 

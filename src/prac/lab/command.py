@@ -212,10 +212,11 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
         return run_several(wanted, out, arguments, argv, "train")
     import rich.console  # noqa: F401  what the table needs is missed before the run, not after it
 
-    from prac.lab import train
+    from prac.lab import train, trainer
 
     row = train.run(wanted[0], out, arguments.resume, overwrite=arguments.overwrite)
     _show([row], [out], out, arguments, argv, "train")
+    trainer.leave_processes()
     return 0
 
 

@@ -1,10 +1,10 @@
-"""The ``Trainer`` of ``prac train``: full disks do not end it, and it shards on CPU too."""
+"""The ``Trainer`` of ``prac train``: full disks do not end it, it shards on CPU too; and how its processes part."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from safetensors import SafetensorError
 from transformers import Trainer
 
@@ -55,3 +55,14 @@ def shard_on_cpu(accelerator: Accelerator, arguments: dict[str, Any]) -> None:
         plugin.set_mixed_precision(accelerator.mixed_precision)
     accelerator.state.fsdp_plugin = plugin
     accelerator.state.distributed_type = DistributedType.FSDP
+
+
+def leave_processes() -> None:
+    """Wait for the other processes, and end the group they form while Python is still whole; alone, do nothing.
+
+    A thread of Gloo that lets go of its last tensors when the interpreter is already coming down ends its process
+    with SIGABRT, and torchrun calls a run that is complete a failure.
+    """
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()
