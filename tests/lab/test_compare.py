@@ -100,16 +100,16 @@ def test_bad_input_is_one_line(more, message, argv, tmp_path, capsys):
 def test_runs_take_turns(argv, compared, tmp_path, monkeypatch, capsys):
     """A step each, round after round, until one fails, which takes no other with it; and to the same losses."""
     order = []
-    turn = turns._Run.turn
+    turn = turns._turn
 
-    def watched(self):
-        method = self.argv[self.argv.index("--method") + 1]
+    def watched(ours, process):
+        method = process.args[process.args.index("--method") + 1]
         if method == "rso" and "rso" in order:  # at its second turn it is gone
-            self.process.kill()
+            process.kill()
         order.append(method)
-        return turn(self)
+        return turn(ours, process)
 
-    monkeypatch.setattr(turns._Run, "turn", watched)
+    monkeypatch.setattr(turns, "_turn", watched)
     command = [*argv[: argv.index("--seed")], "--seed", "1", "--methods", "plain,rso,checkpoint", "--turns", "1"]
     assert main([*command, "--out", str(tmp_path), "--json", str(tmp_path / "rows.json")]) == 1
     assert order == ["plain", "rso", "checkpoint"] * 2 + ["plain", "checkpoint"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
@@ -63,7 +62,7 @@ def threads_each(workers: int) -> int | None:
 def launch(argv: Sequence[str], threads: int | None = None) -> int:
     """``prac ARGV…`` in a process of its own, on so many threads; returns its exit code."""
     environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
-    return subprocess.run([sys.executable, "-m", "prac", *argv], check=False, env=environment).returncode
+    return subprocess.run(turns.command(argv), check=False, env=environment).returncode
 
 
 def narrowed(options: Options, target: Path, argv: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,62 +32,55 @@ def take_turns(commands: Sequence[Sequence[str]], steps: int) -> list[int]:
     Returns:
         Their exit codes.
     """
-    runs = [_Run(argv, steps) for argv in commands]
-    waiting = deque(runs)
+    runs = [_run(argv, steps) for argv in commands]
+    codes = [0] * len(runs)
+    waiting = deque(enumerate(runs))
     try:
         while waiting:
-            run = waiting.popleft()
-            if run.turn():
-                waiting.append(run)
-        return [run.code for run in runs]
+            index, run = waiting.popleft()
+            try:
+                next(run)
+                waiting.append((index, run))
+            except StopIteration as end:
+                codes[index] = end.value
+        return codes
     finally:
         for run in runs:
             run.close()
 
 
-class _Run:
-    """A process and our end of its socket."""
+def command(argv: Sequence[str]) -> list[str]:
+    """``prac ARGV…``, by this Python."""
+    return [sys.executable, "-m", "prac", *argv]
 
-    def __init__(self, argv: Sequence[str], steps: int) -> None:
-        self.argv = argv
-        self.steps = steps
-        self.socket: socket.socket | None = None
-        self.process: subprocess.Popen[bytes] | None = None
 
-    def turn(self) -> bool:
-        """Let it work until it has had its turn; returns whether it wants another one."""
-        if self.socket is None or self.process is None:
-            self.socket, theirs = socket.socketpair()
-            with theirs:
-                environment = os.environ | {VARIABLE: f"{theirs.fileno()}:{self.steps}"}
-                self.process = subprocess.Popen(
-                    [sys.executable, "-m", "prac", *self.argv], env=environment, pass_fds=[theirs.fileno()]
-                )
+def _run(argv: Sequence[str], steps: int) -> Generator[None, None, int]:
+    """One run, turn by turn; returns its exit code. Closed early, it ends the process."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            environment = os.environ | {VARIABLE: f"{theirs.fileno()}:{steps}"}
+            process = subprocess.Popen(command(argv), env=environment, pass_fds=[theirs.fileno()])
         try:
-            self.socket.sendall(b"\n")
-            while not select.select([self.socket], [], [], 1)[0]:
-                if self.process.poll() is not None:  # and a child of its own holds the socket open
-                    return False
-            again = bool(self.socket.recv(1))
-        except ConnectionError:  # killed while it waited
-            again = False
-        if not again:
-            self.process.wait()
-        return again
+            while _turn(ours, process):
+                yield
+            return process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
 
-    @property
-    def code(self) -> int:
-        """Its exit code."""
-        assert self.process is not None and self.process.returncode is not None
-        return self.process.returncode
 
-    def close(self) -> None:
-        """End it, if it has not ended."""
-        if self.socket is not None:
-            self.socket.close()
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
-            self.process.wait()
+def _turn(ours: socket.socket, process: subprocess.Popen[bytes]) -> bool:
+    """Let it work until it has had its turn; returns whether it wants another one."""
+    try:
+        ours.sendall(b"\n")
+        while not select.select([ours], [], [], 1)[0]:
+            if process.poll() is not None:  # and a child of its own holds the socket open
+                return False
+        return bool(ours.recv(1))
+    except ConnectionError:  # killed while it waited
+        return False
 
 
 class Turns(TrainerCallback):
