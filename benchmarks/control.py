@@ -5,7 +5,7 @@
 An update in a quarter of the directions is half as long as AdamW's, whatever the directions are, while embedding
 and head learn as ever. Here the matrices of the blocks get AdamW's update times 1, 1/2 and 1/4, in plain training
 and, times 1/4, with PRAC. What of GaLore's difference to plain training remains beside these is due to its
-directions. Writes `results/control.json`.
+directions, and PRAC with shorter steps is what GaLore can be compared with. Writes `results/control.json`.
 """
 
 from __future__ import annotations
@@ -72,13 +72,15 @@ def main() -> None:
     others = results.read(arguments.compare)["rows"] if arguments.compare.exists() else []
     shown = results.by_method(rows + [row for row in others if row["method"] in ("galore", "rso", "compact")])
 
-    table = Table(title=f"{rows[0]['model']}, {rows[0]['steps']} steps: validation loss, and its difference to plain's")
-    for heading in ("setting", "val loss", "− plain"):
-        table.add_column(heading, justify="left" if heading == "setting" else "right")
     plain = next(iter(shown.values()))
+    references = {"− plain": plain} | ({"− galore": shown["galore"]} if "galore" in shown else {})
+    table = Table(title=f"{rows[0]['model']}, {rows[0]['steps']} steps: validation loss, and differences of each seed")
+    for heading in ("setting", "val loss", *references):
+        table.add_column(heading, justify="left" if heading == "setting" else "right")
     for name, group in shown.items():
-        loss, gap = results.summary([row["val_loss"] for row in group]), results.summary(above(group, plain))
-        table.add_row(name, f"{loss[0]:.3f} ± {loss[1]:.3f}", f"{gap[0]:+.3f} ± {gap[1]:.3f}")
+        loss, spread = results.summary([row["val_loss"] for row in group])
+        gaps = (results.summary(above(group, reference)) for reference in references.values())
+        table.add_row(name, f"{loss:.3f} ± {spread:.3f}", *(f"{gap:+.3f} ± {spread:.3f}" for gap, spread in gaps))
     results.write(HERE / "control.json", "benchmarks/control.py", rows)
     Console().print(table)
 
