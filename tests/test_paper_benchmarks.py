@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,6 +64,17 @@ def test_a_failed_run_is_left_out_and_the_rest_comes_through(load, monkeypatch, 
     assert "a-seed0 failed and is left out" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="no run came through"):
         common.train({"a-seed0": ["bad"]}, tmp_path, 1)
+
+
+def test_noise_is_the_last_reading_of_linear_layers(load):
+    found = [("linear", 0.2), ("linear", 0.4), ("linear", None), ("norm", 9.0), ("-", 7.0)]
+    layers = [SimpleNamespace(kind=kind, gradient_variance=value) for kind, value in found]
+    early = SimpleNamespace(layers=[SimpleNamespace(kind="linear", gradient_variance=5.0)])
+    runs = {"lean-seed0": {"row": {}, "layers": [early, SimpleNamespace(layers=layers)]},
+            "plain-seed0": {"row": {}, "layers": []}}  # fmt: skip
+    lean, plain = load("common").rows_of(runs)
+    assert lean == {"setting": "lean", "gradient_variance": pytest.approx(0.3)}
+    assert plain == {"setting": "plain", "gradient_variance": None}
 
 
 @pytest.mark.parametrize(

@@ -152,8 +152,22 @@ def by_setting(runs: Mapping[str, Run]) -> dict[str, list[Run]]:
 
 
 def rows_of(runs: Mapping[str, Run]) -> list[results.Row]:
-    """Their rows, each with the name of its setting."""
-    return [run["row"] | {"setting": name.rpartition("-seed")[0]} for name, run in runs.items()]
+    """Their rows, each with the name of its setting and the noise of its gradients."""
+    return [
+        run["row"] | {"setting": name.rpartition("-seed")[0], "gradient_variance": noise(run)}
+        for name, run in runs.items()
+    ]
+
+
+def noise(run: Run) -> float | None:
+    """What compression adds to the weight gradients of linear layers: ‖G̃ − G‖² / ‖G‖², their mean at the last reading.
+
+    None for a run that compresses none.
+    """
+    layers = run["layers"][-1].layers if run["layers"] else []
+    found = [layer.gradient_variance for layer in layers if layer.kind == "linear"]
+    measured = [value for value in found if value is not None]
+    return statistics.fmean(measured) if measured else None
 
 
 def by_seed(rows: Iterable[results.Row], key: str = "val_loss") -> dict[str, dict[int, float]]:

@@ -160,8 +160,18 @@ def main() -> None:
     }
     table.add_section()
     table.add_row("exponent b ± standard error", "", "", *(exponents.get(m, "–") for m in arguments.methods))
+    table.add_section()
+    for size in counts:
+        noises = {
+            m: [r["gradient_variance"] for r in rows if r["model"] == size and r["method"] == m] for m in exponents
+        }
+        cells = [common.plus_minus((v for v in noises.get(m, ()) if v is not None), 2) for m in arguments.methods]
+        table.add_row(f"{size}: noise", "", "", *cells)
     decades = math.log10(max(counts.values()) / min(counts.values()))
-    table.caption = f"{len(counts)} sizes over {decades:.1f} decades: a slope, not whether the law has a floor."
+    table.caption = (
+        f"{len(counts)} sizes over {decades:.1f} decades: a slope, not whether the law has a floor. "
+        "Noise: variance of the weight gradients of linear layers at the last reading, over their square."
+    )
     common.save(
         "figure4", arguments.out, rows, claims=claims, table=table,
         paper="PRAC follows plain training's loss at all sizes from 35M to 1B, on a power law (a plot without numbers)",
