@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from prac.cli import parser as command_line
 from prac.lab import command, results, train
 from prac.lab.optimizers import is_matrix_of_a_block
-from prac.lab.table import above
+from prac.lab.table import above, spread
 
 HERE = Path(__file__).parent / "results"
 
@@ -78,9 +78,8 @@ def main() -> None:
     for heading in ("setting", "val loss", *references):
         table.add_column(heading, justify="left" if heading == "setting" else "right")
     for name, group in shown.items():
-        loss, spread = results.summary([row["val_loss"] for row in group])
-        gaps = (results.summary(above(group, reference)) for reference in references.values())
-        table.add_row(name, f"{loss:.3f} ± {spread:.3f}", *(f"{gap:+.3f} ± {spread:.3f}" for gap, spread in gaps))
+        gaps = [spread(above(group, reference), "+.3f") for reference in references.values()]
+        table.add_row(name, spread([row["val_loss"] for row in group], ".3f"), *gaps)
     results.write(HERE / "control.json", "benchmarks/control.py", rows)
     Console().print(table)
 

@@ -7,13 +7,13 @@ import json
 import math
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from prac.config import Rank
 from prac.lab import results
+from prac.reading import LayerStats, Reading
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "paper"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("claims", "common"))
@@ -68,10 +68,11 @@ def test_a_failed_run_is_left_out_and_the_rest_comes_through(load, monkeypatch, 
 
 def test_noise_is_the_last_reading_of_linear_layers(load):
     found = [("linear", 0.2), ("linear", 0.4), ("linear", None), ("norm", 9.0), ("-", 7.0)]
-    layers = [SimpleNamespace(kind=kind, gradient_variance=value) for kind, value in found]
-    early = SimpleNamespace(layers=[SimpleNamespace(kind="linear", gradient_variance=5.0)])
-    runs = {"lean-seed0": {"row": {}, "layers": [early, SimpleNamespace(layers=layers)]},
-            "plain-seed0": {"row": {}, "layers": []}}  # fmt: skip
+    early, last = (
+        Reading(step, 0, 0, tuple(LayerStats("", kind, "", 0, 0, None, value) for kind, value in layers))
+        for step, layers in ((1, [("linear", 5.0)]), (2, found))
+    )
+    runs = {"lean-seed0": {"row": {}, "layers": [early, last]}, "plain-seed0": {"row": {}, "layers": []}}
     lean, plain = load("common").rows_of(runs)
     assert lean == {"setting": "lean", "gradient_variance": pytest.approx(0.3)}
     assert plain == {"setting": "plain", "gradient_variance": None}

@@ -7,6 +7,7 @@ figure are those of the next. Two scripts must not train at the same time with t
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 import statistics
 import sys
@@ -164,10 +165,11 @@ def noise(run: Run) -> float | None:
 
     None for a run that compresses none.
     """
-    layers = run["layers"][-1].layers if run["layers"] else []
-    found = [layer.gradient_variance for layer in layers if layer.kind == "linear"]
-    measured = [value for value in found if value is not None]
-    return statistics.fmean(measured) if measured else None
+    if not run["layers"]:
+        return None
+    last = run["layers"][-1]
+    linear = dataclasses.replace(last, layers=tuple(layer for layer in last.layers if layer.kind == "linear"))
+    return linear.totals().get("prac/gradient_variance")
 
 
 def by_seed(rows: Iterable[results.Row], key: str = "val_loss") -> dict[str, dict[int, float]]:

@@ -78,17 +78,20 @@ def parameters(size: str, more: list[str]) -> tuple[int, int]:
 def draw(points: dict[str, list[tuple[int, float]]], laws: dict[str, PowerLaw]) -> Figure:
     figure = Figure(figsize=(9.2, 4.2), layout="constrained")
     axes, beside = figure.subplots(1, 2, width_ratios=[3, 2])
+    means = {
+        method: {n: statistics.fmean(loss for m, loss in found if m == n) for n in sorted({n for n, _ in found})}
+        for method, found in points.items()
+    }
     for index, (method, found) in enumerate(points.items()):
         # Points of all methods on the same size would hide each other, and a line on another one does.
         law, colour, aside = laws[method], common.COLOURS[index], 1.05 ** (index - 1)
-        sizes = sorted({n for n, _ in found})
+        sizes = list(means[method])
         axes.plot([n * aside for n, _ in found], [loss for _, loss in found], "o", color=colour, markersize=4)
         label = f"{method}: N^−{law.b:.3f} (± {law.error:.3f})"
         style = "--" if index else "-"
         axes.plot(sizes, [law.a * n**-law.b for n in sizes], style, color=colour, linewidth=1.3, label=label)
-        if method != "plain" and "plain" in points:
-            plain = {n: statistics.fmean(loss for m, loss in points["plain"] if m == n) for n in sizes}
-            above = [statistics.fmean(loss for m, loss in found if m == n) - plain[n] for n in sizes]
+        if method != "plain" and "plain" in means:
+            above = [means[method][n] - means["plain"][n] for n in sizes]
             beside.plot(sizes, above, "o-", color=colour, linewidth=1.3, markersize=4)
     axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="validation loss", title="Loss against size")
     axes.yaxis.set_major_formatter("{x:.1f}")
@@ -162,10 +165,10 @@ def main() -> None:
     table.add_row("exponent b ± standard error", "", "", *(exponents.get(m, "–") for m in arguments.methods))
     table.add_section()
     for size in counts:
-        noises = {
-            m: [r["gradient_variance"] for r in rows if r["model"] == size and r["method"] == m] for m in exponents
-        }
-        cells = [common.plus_minus((v for v in noises.get(m, ()) if v is not None), 2) for m in arguments.methods]
+        of = [row for row in rows if row["model"] == size and row["gradient_variance"] is not None]
+        cells = [
+            common.plus_minus((r["gradient_variance"] for r in of if r["method"] == m), 2) for m in arguments.methods
+        ]
         table.add_row(f"{size}: noise", "", "", *cells)
     decades = math.log10(max(counts.values()) / min(counts.values()))
     table.caption = (
@@ -175,8 +178,9 @@ def main() -> None:
     common.save(
         "figure4", arguments.out, rows, claims=claims, table=table,
         paper="PRAC follows plain training's loss at all sizes from 35M to 1B, on a power law (a plot without numbers)",
-        ours="exponents " + ", ".join(f"{method} {text}" for method, text in exponents.items()),
-        figure=lambda: draw(points, laws), laws={method: vars(law) for method, law in laws.items()},
+        ours="exponents " + ", ".join(f"{method} {text}" for method, text in exponents.items())
+        if laws else "no exponent, since it takes two sizes",
+        figure=(lambda: draw(points, laws)) if laws else None, laws={method: vars(law) for method, law in laws.items()},
     )  # fmt: skip
 
 

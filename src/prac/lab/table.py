@@ -35,8 +35,8 @@ def cells(rows: list[Row]) -> list[tuple[str, ...]]:
         lines.append(
             (
                 method,
-                _spread([row["val_loss"] for row in runs], ".3f"),
-                _spread(gaps, "+.3f").replace("-", "−") if gaps and method != base else "–",
+                spread([row["val_loss"] for row in runs], ".3f"),
+                spread(gaps, "+.3f").replace("-", "−") if gaps and method != base else "–",
                 f"{mean(runs, 'val_ppl'):.1f}",
                 size(mean(runs, "kept_bytes")),
                 less,
@@ -54,7 +54,8 @@ def above(runs: list[Row], plain: list[Row]) -> list[float]:
     return [row["val_loss"] - losses[row["seed"]] for row in runs if row["seed"] in losses]
 
 
-def _spread(values: list[float], form: str) -> str:
+def spread(values: list[float], form: str) -> str:
+    """Their mean in a format such as ``+.3f``, ± their standard deviation; one alone has none."""
     centre, deviation = summary(values)
     return f"{centre:{form}} ± {deviation:.3f}" if len(values) > 1 else f"{centre:{form}}"
 
