@@ -17,7 +17,7 @@ import prac
 from prac.config import Bits
 from prac.layers import Attention
 from prac.memory import track_kept
-from prac.ops.attention import attention, runs_here
+from prac.ops.attention import attention, why_not
 from prac.source import mark, source_of
 from prac.stored import Stored
 
@@ -135,10 +135,11 @@ def test_a_model_without_torchs_attention_is_told_so() -> None:
 def test_stands_aside_where_torch_would_not_run_its_kernel() -> None:
     """Dropout on CPU, a mask that learns, values of another width: the module runs as it was."""
     q, k, v = (tensor(1, 2, 5, 8, seed=seed) for seed in range(3))
-    assert runs_here(q, k, v, None, 0.0, True, False)
-    assert not runs_here(q, k, v, None, 0.1, True, False)
-    assert not runs_here(q, k, v, torch.zeros(5, 5, dtype=q.dtype, requires_grad=True), 0.0, False, False)
-    assert not runs_here(q, k, tensor(1, 2, 5, 4), None, 0.0, True, False)
+    assert why_not(q, k, v, None, 0.0, True, False) == ""
+    assert "dropout" in why_not(q, k, v, None, 0.1, True, False)
+    learns = torch.zeros(5, 5, dtype=q.dtype, requires_grad=True)
+    assert "needs a gradient" in why_not(q, k, v, learns, 0.0, False, False)
+    assert "differ in size" in why_not(q, k, tensor(1, 2, 5, 4), None, 0.0, True, False)
 
 
 class Odd(nn.Module):

@@ -167,20 +167,21 @@ def test_a_copy_and_a_restored_model() -> None:
     train(twin, 2)
     assert handle.step == 0
     layers = twin.model.layers[0].self_attn
-    assert layers.q_proj._prac_group[0] is layers.q_proj is not model.model.layers[0].self_attn.q_proj
+    theirs = model.model.layers[0].self_attn
+    assert layers.q_proj.estimators["x"] is layers.k_proj.estimators["x"] is not theirs.q_proj.estimators["x"]
     plain = build("llama")
     handle.restore()
     expected = gradients(plain, **BATCH)
     assert all(torch.equal(g, expected[n]) for n, g in gradients(model, **BATCH).items())
 
 
-def test_without_an_example_it_finds_what_it_can() -> None:
-    """Only the norm groups are left out: their x̂ is kept in the bits of a norm, and its readers still share it."""
-    model = build("plain")
+def test_without_an_example_the_first_batch_is_one() -> None:
+    model, informed = build("plain"), build("plain")
     handle = prac.compress(model, LEAN, exclude=["5", "4"])
+    assert "has no example" in handle.summary()
     model(IDS)
-    rows = {row.name: row for row in handle.rows()}
-    assert rows["1.norm1"].rank == "8 bits"
+    expected = prac.compress(informed, LEAN, exclude=["5", "4"], example=IDS)
+    assert handle.summary() == expected.summary()
     with track_kept(model) as kept:
         model(IDS).sum().backward()
     assert kept.by_module.get("1.wq", 0) == kept.by_module.get("1.wk", 0) == 0

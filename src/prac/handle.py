@@ -12,16 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from prac import saving
-from prac.clock import Clock
-from prac.config import Config
+from prac.conversion import Conversion
 from prac.estimator import Estimator, Kept
-from prac.layers import Compressed, Match, unswap
+from prac.firstbatch import detach, structure_of
+from prac.layers import Compressed
 from prac.loss import ChunkedLoss
-from prac.plan import Source
-from prac.stored import Stored
+from prac.rows import maker_of, rows_of
 from prac.structure import Example, call, in_mode
 from prac.subspace import Subspace
-from prac.summary import Row, is_leaf, table, why_left
+from prac.summary import Row, table
 
 
 class Handle:
@@ -32,18 +31,9 @@ class Handle:
         config: what it was compressed with.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: Config,
-        clock: Clock,
-        matches: dict[str, Match],
-        notes: dict[str, str | None],
-        sources: dict[str, Source],
-        chunked: ChunkedLoss | None = None,
-    ) -> None:
-        self.model, self.config, self._chunked = model, config, chunked
-        self._clock, self._matches, self._notes, self._sources = clock, matches, notes, sources
+    def __init__(self, model: nn.Module, conversion: Conversion, chunked: ChunkedLoss | None = None) -> None:
+        self.model, self.config = model, conversion.config
+        self._conversion, self._clock, self._chunked = conversion, conversion.clock, chunked
 
     @property
     def step(self) -> int:
@@ -55,78 +45,26 @@ class Handle:
         self._clock.tick()
 
     def __repr__(self) -> str:
-        return f"<prac.Handle: {len(self._matches)} compressed layers of {type(self.model).__name__}, step {self.step}>"
+        return (
+            f"<prac.Handle: {len(self._layers())} compressed layers of {type(self.model).__name__}, step {self.step}>"
+        )
 
     # --- looking ---------------------------------------------------------------------
 
     def rows(self) -> list[Row]:
         """Every module with parameters of its own or of a known kind: compressed, or why not."""
-        described: dict[Estimator | Source, str] = {}  # who first keeps it
-        rows = []
-        for name, module in self.model.named_modules():
-            if isinstance(module, Compressed):
-                rows.append(self._compressed_row(name, module, described))
-            elif self._notes.get(name) or is_leaf(module):
-                rows.append(
-                    Row(name, type(module).__name__, "-", "", None, None, self._notes.get(name) or why_left(module))
-                )
-        return rows
+        return rows_of(self.model, self._conversion)
 
     def summary(self) -> str:
         """The rows as a table, repeated blocks folded, with totals."""
-        return table(self.rows())
+        return table(self.rows(), self._conversion.is_final)
 
-    def _compressed_row(self, name: str, layer: Compressed, described: dict[Estimator | Source, str]) -> Row:
-        module = type(layer).__name__.removeprefix("Prac")
-        weight = getattr(layer, "weight", None)
-        dtype = weight.dtype if weight is not None else next(self.model.parameters()).dtype
-        if name in self._sources:
-            return self._reader_row(name, layer, module, dtype, described)
-        if layer.kind == "linear" and weight is not None and not weight.requires_grad:
-            return Row(name, module, layer.kind, "", 0, 0, "frozen weight: nothing is kept")
-        estimators = list(layer.estimators.values())
-        if any(e.width is None for e in estimators):
-            return Row(name, module, layer.kind, "as its input", None, None, "width known after the first step")
-        label = estimators[0].label()
-        if estimators[0] in described:
-            other = _short(described[estimators[0]], name)
-            return Row(name, module, layer.kind, label, 0, 0, f"shares the Z of {other}")
-        described.update(dict.fromkeys(estimators, name))
-        statistics = layer.statistics * torch.promote_types(dtype, torch.float32).itemsize
-        before = sum((e.width or 0) * dtype.itemsize for e in estimators) + statistics
-        after = sum(e.bytes_per_token(dtype.itemsize) for e in estimators) + statistics
-        return Row(name, module, layer.kind, label, before, after, "")
-
-    def _reader_row(
-        self, name: str, layer: Compressed, module: str, dtype: torch.dtype, described: dict[Estimator | Source, str]
-    ) -> Row:
-        """A layer that has its input from what others keep."""
-        source = self._sources[name]
-        if not source.name:
-            attention, estimators = self._attention_around(name)
-            label = estimators[0].label() if estimators else "in full"
-            note = (
-                f"from the output of {attention.rpartition('.')[2]}" if attention else f"{source.what} keeps it anyway"
-            )
-            return Row(name, module, layer.kind, label, 0, 0, note)
-        maker = self.model.get_submodule(source.name)
-        assert isinstance(maker, Compressed)
-        estimator = next(iter(maker.estimators.values()))
-        # The tensor itself was kept once, by the first that reads it.
-        first = source not in described
-        described[source] = name
-        width = (
-            layer.estimators["x"].width or getattr(layer, "in_features", 0) or layer.get_parameter("weight").shape[0]
-        )
-        outputs = layer.estimators.get("y")
-        after = 0
-        if isinstance(outputs, Stored) and outputs.bits is not None:
-            outputs.width = layer.get_parameter("weight").numel() // width
-            after = outputs.bytes_per_token(dtype.itemsize)
-        # A module is called by its own name where it is the parent, as an MLP is of its down projection.
-        maker_name = source.name.rpartition(".")[2] if name.startswith(f"{source.name}.") else _short(source.name, name)
-        note = f"from {source.what} of {maker_name}"
-        return Row(name, module, layer.kind, estimator.label(), width * dtype.itemsize if first else 0, after, note)
+    def look(self, example: Example) -> None:
+        """Let ``example`` show the structure of a model that has had no example and no batch yet; else do nothing."""
+        if not self._conversion.is_final:
+            structure = structure_of(self.model, self._conversion.names(self.model), example)
+            detach(self.model)
+            self._conversion.again(self.model, structure)
 
     def reconstruction_error(self, example: Example) -> dict[str, float]:
         """‖X̃ − X‖² / ‖X‖² of every compressed tensor, by name, on one batch.
@@ -138,6 +76,7 @@ class Handle:
             RuntimeError: before the first training step, when there is no subspace yet.
         """
         errors: dict[str, float] = {}
+        self.look(example)
 
         def look(estimator: Estimator, x: Tensor, kept: Kept) -> None:
             error, energy = squares(x, kept)
@@ -174,29 +113,22 @@ class Handle:
         """Inside the block the model trains as it did before: everything is kept in full, gradients are exact."""
         layers = self._layers().values()
         for layer in layers:
-            layer.suspended = True
+            layer._prac.suspended = True
         try:
             yield
         finally:
             for layer in layers:
-                layer.suspended = False
+                layer._prac.suspended = False
 
     def read_by(self, name: str) -> list[Estimator]:
         """The estimators that keep what a compressed layer reads: its own, or those of the layer that it reads from."""
-        source = self._sources.get(name)
-        if source is not None and not source.name:
-            return self._attention_around(name)[1]
-        layer = self.model.get_submodule(name if source is None else source.name)
-        return list(layer.estimators.values()) if isinstance(layer, Compressed) else []
-
-    def _attention_around(self, name: str) -> tuple[str, list[Estimator]]:
-        """The compressed attention that a layer is part of, and how its output is kept; ``""`` and none without."""
-        while name:
-            name = name.rpartition(".")[0]
-            module = self.model.get_submodule(name)
-            if isinstance(module, Compressed) and module.kind == "attention":
-                return name, [module.estimators["out"]]
-        return "", []
+        layers = self._layers()
+        maker = layers.get(maker_of(layers, name))
+        if maker is None:
+            return []
+        source = layers[name]._prac.source
+        from_attention = source is not None and source.is_there_anyway
+        return [maker.estimators["out"]] if from_attention else list(maker.estimators.values())
 
     # --- state -----------------------------------------------------------------------
 
@@ -206,12 +138,7 @@ class Handle:
         Plain containers, numbers and tensors; ``torch.save`` it and ``torch.load`` it with
         ``weights_only=True``. The model's own ``state_dict`` does not contain it.
         """
-        layers = self._layers()
-        return {
-            "step": self.step,
-            "shared": {n: {t: e.name for t, e in layer.estimators.items()} for n, layer in layers.items()},
-            "subspaces": {s.name: s.state_dict() for s in self.subspaces()},
-        }
+        return saving.state_of(self.model, self._clock)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state.
@@ -219,18 +146,10 @@ class Handle:
         Raises:
             ValueError: if it is of another model or config; the message says what differs.
         """
-        layers = self._layers()
-        if set(state["shared"]) != set(layers):
-            odd = sorted(set(state["shared"]) ^ set(layers))
-            raise ValueError(f"the saved state is of other layers than this model's: {', '.join(odd[:5])}.")
-        by_name = {e.name: e for e in self._estimators()}
-        if missing := sorted(set(state["subspaces"]) - set(by_name)):
-            raise ValueError(f"the saved state has subspaces that this model lacks: {', '.join(missing[:5])}.")
-        for name, layer in layers.items():
-            layer.estimators = {tensor: by_name[leader] for tensor, leader in state["shared"][name].items()}
-        for subspace in self.subspaces():
-            subspace.load_state_dict(state["subspaces"][subspace.name])
-        self._clock.step = state["step"]
+        if self._conversion.is_final:
+            saving.take_up(state, self.model, self._clock)
+        else:  # the first batch shows for which layers
+            self._conversion.state, self._clock.step = state, state["step"]
 
     def save(self, folder: str | Path) -> None:
         """Write :meth:`state_dict` into ``folder``, as ``prac.pt``; with several processes, a file each."""
@@ -247,16 +166,15 @@ class Handle:
 
     def restore(self) -> nn.Module:
         """Undo the compression: every module gets its own class back, the model its loss. Returns the model."""
-        for name, layer in self._layers().items():
-            unswap(layer, self._matches[name])
-        self._matches = {}
+        detach(self.model)
+        self._conversion.restore(self.model)
         if self._chunked is not None:
             self._chunked.remove()
             self._chunked = None
         return self.model
 
     def _layers(self) -> dict[str, Compressed]:
-        return {n: m for n, m in self.model.named_modules() if isinstance(m, Compressed)}
+        return saving.layers_of(self.model)
 
     def _estimators(self) -> Iterator[Estimator]:
         yield from dict.fromkeys(e for layer in self._layers().values() for e in layer.estimators.values())
@@ -270,10 +188,3 @@ def squares(x: Tensor, kept: Kept) -> tuple[float, float]:
     """‖X̃ − X‖² and ‖X‖²."""
     x_MN = x.detach().reshape(-1, x.shape[-1]).float()
     return (kept.reconstruct().float() - x_MN).square().sum().item(), x_MN.square().sum().item()
-
-
-def _short(name: str, neighbour: str) -> str:
-    """A module's name, seen from a neighbour in the same block."""
-    ours, theirs = name.split("."), neighbour.split(".")
-    same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
-    return ".".join(ours[same:])

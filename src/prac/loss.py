@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from prac.ops import linear_cross_entropy
-from prac.structure import example_for
+from prac.probe import example_for
 from prac.tangible import hollow
 
 HELP = "leave the loss as it is (loss=None, or --loss plain)"

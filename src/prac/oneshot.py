@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable
 
 import torch
@@ -28,6 +29,11 @@ def calibrate(handle: Handle, batches: Iterable[Example]) -> None:
     >>> handle = prac.compress(model, "one-shot")
     >>> prac.calibrate(handle, itertools.islice(loader, 8))
     """
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("no batches to calibrate with.")
+    handle.look(first)
     subspaces = list(handle.subspaces())
     if not subspaces:
         raise ValueError("nothing to calibrate: this config keeps no tensor in a subspace.")
@@ -42,12 +48,10 @@ def calibrate(handle: Handle, batches: Iterable[Example]) -> None:
         for subspace in subspaces:
             subspace.compress = functools.partial(collect, subspace)  # type: ignore[method-assign]
         with in_mode(handle.model, training=True), torch.enable_grad(), torch.random.fork_rng():
-            for batch in batches:
+            for batch in itertools.chain([first], batches):
                 call(handle.model, batch)
     finally:
         for subspace in subspaces:
             del subspace.compress
-    if not grams:
-        raise ValueError("no batches to calibrate with.")
     for subspace, gram_NN in grams.items():
         subspace.settle(gram_NN)

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 from prac.clock import Clock
 from prac.config import Bits, Config, Factors, Keep, Rank
 from prac.decomposed import Decomposed
 from prac.estimator import Estimator
-from prac.layers import MLP, ElementWise, Match, SharedNorm
+from prac.layers import MLP, ElementWise, Match, Source
+from prac.probe import Structure
 from prac.stored import Stored
-from prac.structure import Structure
 from prac.subspace import Subspace
 
 # For the exact scalar of a norm whose x̂ is kept at a rank, its readers' outputs are rounded without bias. Four
 # bits leave a relative error of 0.13 / √n in the scalar.
 SCALAR = Bits(4)
-
-
-class Source(NamedTuple):
-    """From what a layer's input can be had, so that it keeps none: whose tensor, and which."""
-
-    name: str
-    what: str
 
 
 class Plan:
@@ -48,6 +41,10 @@ class Plan:
         self._as_one: dict[str, list[str]] = {}
         for name in [n for n, match in chosen.items() if match.layer is MLP]:
             self._settle_mlp(name)
+        for name in [n for n, match in chosen.items() if match.layer is ElementWise]:
+            readers = [r for r in structure.readers(name) if r in chosen and chosen[r].shareable]
+            if name in structure.keeps_input and not readers:
+                self.left_to_others[name] = "its input is kept in full by others anyway, so compressing it would cost"
         self._sources = self._from_attention(together) | (self._find_sources() if together else {})
         for name, match in chosen.items():
             if self._keep(name) is None and name not in self._sources and name not in self.left_to_others:
@@ -58,7 +55,7 @@ class Plan:
     def _settle_mlp(self, name: str) -> None:
         """An MLP takes over its activation; one without a gate only where it can run as one operation."""
         match = self._matches[name]
-        roles = match.attributes["_prac_roles"]
+        roles = match.facts.roles
         inside = [f"{name}.{child}" for child in (*roles.into, roles.down)]
         norm = next((n for n, readers in self._readers.items() if readers and set(inside[:-1]) <= set(readers)), None)
         if norm is not None and isinstance(self.config.activation, Bits) and inside[-1] in self._matches:
@@ -77,10 +74,10 @@ class Plan:
             if name in self.left_to_others or not isinstance(self.config.activation, Bits):
                 continue
             if match.layer is MLP:
-                roles = match.attributes["_prac_roles"]
+                roles = match.facts.roles
                 sources[f"{name}.{roles.down}"] = Source(name, "g and u" if roles.gated else "its hidden layer")
             elif match.layer is ElementWise:
-                readers = [r for r in self.structure.readers(name) if r in self._matches]
+                readers = [r for r in self.structure.readers(name) if r in self._matches and self._matches[r].shareable]
                 sources |= dict.fromkeys(readers, Source(name, "its input"))
         return {name: source for name, source in sources.items() if name in self._matches}
 
@@ -94,10 +91,6 @@ class Plan:
     def qualifies(self, norm: str) -> bool:
         """Whether every use of a norm's output is a linear layer that takes it from the norm."""
         return bool(self._readers[norm]) and self.structure.edges.get(norm) == len(self._readers[norm])
-
-    def groups(self) -> list[list[str]]:
-        """The linear layers that read the output of the same norm, for each norm that has any."""
-        return [readers for readers in self._readers.values() if readers]
 
     def sources(self) -> dict[str, Source]:
         """For every layer that keeps no input of its own, where it has it from."""
@@ -140,11 +133,6 @@ class Plan:
         match = self._matches[name]
         if self.config.group is not None and match.grouped is not None:
             match = dataclasses.replace(match, layer=match.grouped)
-        if match.layer is SharedNorm:
-            # A mark lives as long as the tensor it is on, and keeps the norm's input alive as long. Where nobody here
-            # reads the output (the final norm's: the output head keeps it, or a view of it), that is for nothing.
-            marks = not self.structure.reads or bool(self._readers[name])
-            match = dataclasses.replace(match, attributes=match.attributes | {"_prac_marks": marks})
         source = self._sources.get(name)
         estimators: dict[str, Estimator] = {}
         for tensor, known_width in match.inputs.items():

@@ -1,16 +1,61 @@
-"""The state of the compression in a folder: a file for each process, since each compresses its own tokens."""
+"""The state of the compression, and how it lies in a folder: a file a process, since each compresses its own tokens."""
 
 from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from prac import files
-from prac.estimator import process
+from prac.clock import Clock
+from prac.estimator import Estimator, process
+from prac.layers import Compressed
+from prac.subspace import Subspace
+
+
+def state_of(model: nn.Module, clock: Clock) -> dict[str, Any]:
+    """The step, which estimator each layer uses, and every subspace; plain containers, numbers and tensors."""
+    layers = layers_of(model)
+    return {
+        "step": clock.step,
+        "shared": {n: {t: e.name for t, e in layer.estimators.items()} for n, layer in layers.items()},
+        "subspaces": {e.name: e.state_dict() for e in _estimators(layers) if isinstance(e, Subspace)},
+    }
+
+
+def take_up(state: dict[str, Any], model: nn.Module, clock: Clock) -> None:
+    """Give ``model`` a saved state.
+
+    Raises:
+        ValueError: if it is of another model or config; the message says what differs.
+    """
+    layers = layers_of(model)
+    if set(state["shared"]) != set(layers):
+        odd = sorted(set(state["shared"]) ^ set(layers))
+        raise ValueError(f"the saved state is of other layers than this model's: {', '.join(odd[:5])}.")
+    by_name = {e.name: e for e in _estimators(layers)}
+    if missing := sorted(set(state["subspaces"]) - set(by_name)):
+        raise ValueError(f"the saved state has subspaces that this model lacks: {', '.join(missing[:5])}.")
+    for name, layer in layers.items():
+        layer.estimators = {tensor: by_name[leader] for tensor, leader in state["shared"][name].items()}
+    for estimator in _estimators(layers):
+        if isinstance(estimator, Subspace):
+            estimator.load_state_dict(state["subspaces"][estimator.name])
+    clock.step = state["step"]
+
+
+def layers_of(model: nn.Module) -> dict[str, Compressed]:
+    """Its compressed layers, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Compressed)}
+
+
+def _estimators(layers: dict[str, Compressed]) -> Iterator[Estimator]:
+    yield from dict.fromkeys(e for layer in layers.values() for e in layer.estimators.values())
 
 
 def save(state: dict[str, Any], folder: Path) -> None:

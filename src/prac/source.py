@@ -7,10 +7,8 @@ from torch import Tensor
 from prac.estimator import Kept
 from prac.ops.normed import Normed
 
-Source = Kept | Normed
 
-
-def mark(y: Tensor, source: Source, *, width: int | None = None) -> Tensor:
+def mark(y: Tensor, source: Kept | Normed, *, width: int | None = None) -> Tensor:
     """Note on the output of a layer from what it can be had again. Returns ``y``.
 
     What is kept has rows of ``width`` features, as ``y`` lies in memory; by default those of its last dimension.
@@ -20,7 +18,7 @@ def mark(y: Tensor, source: Source, *, width: int | None = None) -> Tensor:
     return y
 
 
-def source_of(x: Tensor) -> Source | None:
+def source_of(x: Tensor) -> Kept | Normed | None:
     """What is kept of ``x``, if it is a marked tensor and nobody changed it since."""
     found = getattr(x, "_prac_source", None)
     if found is None and x._base is not None and x.numel() == x._base.numel() and x.is_contiguous():
@@ -28,5 +26,5 @@ def source_of(x: Tensor) -> Source | None:
         found = getattr(x._base, "_prac_source", None)
     if found is None or found[1:] != (x._version, x.shape[-1]):
         return None
-    source: Source = found[0]
+    source: Kept | Normed = found[0]
     return source

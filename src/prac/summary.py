@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -32,8 +33,11 @@ class Row:
         return self.rank != ""
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as text; blocks that repeat are folded into one line with a count."""
+def table(rows: Sequence[Row], is_final: bool = True) -> str:
+    """The rows as text; blocks that repeat are folded into one line with a count.
+
+    Where they are not final, a line says so.
+    """
     lines = [("layer", "module", "kind", "rank", "before", "after", "note")]
     for pattern, count, row in _fold(rows):
         name = pattern if count == 1 else f"{pattern} ×{count}"
@@ -47,9 +51,25 @@ def table(rows: Sequence[Row]) -> str:
         f"Bytes per token kept by the compressed ones: {before:,} → {after:,}"
         + (f" ({after / before:.0%})." if before else ".")
     )
+    if not is_final:
+        text.append(
+            "The model has no example: the first batch that it trains on shows which layers share an input, and its "
+            "attention. This table changes then."
+        )
     if not any(row.what == "attention" for row in compressed):
         text.append("What is computed between modules (attention's q, k, v and output, residual sums) stays in full.")
-    return "\n".join(text)
+    return _printable("\n".join(text))
+
+
+def _printable(text: str) -> str:
+    """``text`` in signs that standard output can print, whatever its locale."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    for sign, plain in (("─", "-"), ("→", "->"), ("×", "x"), ("x̂", "xhat"), ("…", "..."), ("–", "-")):
+        try:
+            sign.encode(encoding)
+        except UnicodeEncodeError:
+            text = text.replace(sign, plain)
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def aligned(lines: Sequence[Sequence[str]], right: set[int]) -> list[str]:

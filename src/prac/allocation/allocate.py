@@ -20,7 +20,8 @@ from prac.estimator import Estimator
 from prac.layers import Compressed
 from prac.presets import as_config
 from prac.stored import Stored
-from prac.structure import Example, example_for
+from prac.probe import example_for
+from prac.structure import Example
 from prac.subspace import Subspace
 from prac.summary import aligned
 

@@ -164,6 +164,7 @@ def calibrate(
         ValueError: if activations or gradients are not finite, naming the layer, or if the output has no loss.
     """
     model = handle.model
+    handle.look(batch)
     places = _watch(handle)
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = parameters[0].device if parameters else torch.device("cpu")
@@ -218,7 +219,7 @@ def _in_full(layer: Compressed, estimator: Estimator) -> Estimator:
     if isinstance(estimator, Stored) and layer.kind != "attention":
         estimator.bits = None
     else:
-        layer.suspended = True
+        layer._prac.suspended = True
     return estimator
 
 
@@ -255,7 +256,7 @@ def _measured(place: _Place, default: torch.dtype) -> Measured:
             )
     gamma_N = None
     if isinstance(maker, SharedNorm):
-        gamma_N = maker._prac_norm.scale(maker.weight, weight_M.dtype)
+        gamma_N = maker._prac.match.facts.scale(maker.weight, weight_M.dtype)
     weight = getattr(maker, "weight", None)
     itemsize = (default if weight is None else weight.dtype).itemsize
     return Measured(watch.name, x_MN, weight_M, second_NN, gamma_N, itemsize, place.ranked, place.beside, halves)

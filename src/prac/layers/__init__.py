@@ -1,11 +1,12 @@
 """Layers that keep compressed activations, one file per kind."""
 
+import torch
 from torch import nn
 
 from prac.layers import activation, linear, mlp, norm
 from prac.layers.activation import ElementWise
 from prac.layers.attention import Attention
-from prac.layers.base import Compressed, Match, overrides_forward, swap, unswap
+from prac.layers.base import Compressed, Match, Source, overrides_forward, swap, unswap
 from prac.layers.mlp import MLP
 from prac.layers.norm import SharedNorm
 
@@ -16,6 +17,7 @@ __all__ = [
     "ElementWise",
     "Match",
     "SharedNorm",
+    "Source",
     "overrides_forward",
     "recognise",
     "swap",
@@ -23,12 +25,16 @@ __all__ = [
 ]
 
 
-def recognise(module: nn.Module) -> Match | str | None:
-    """How to compress a module: a :class:`Match`, why not (a str), or None for no such kind."""
-    for kind in (linear, norm, activation, mlp):
-        found = kind.recognise(module)
-        if isinstance(found, Match) and overrides_forward(module):
-            return "its forward was replaced on the instance (by hooks of accelerate, or a kernel); compress first"
-        if found is not None:
-            return found
-    return None
+def recognise(module: nn.Module, device: torch.device | None = None) -> Match | str | None:
+    """How to compress a module: a :class:`Match`, why not (a str), or None for no such kind.
+
+    ``device`` is where modules without parameters are tried; it is that of the model.
+    """
+    found: Match | str | None = None
+    for kind in (linear, norm):
+        found = found or kind.recognise(module)
+    for kind in (activation, mlp):
+        found = found or kind.recognise(module, device)
+    if isinstance(found, Match) and overrides_forward(module):
+        return "its forward was replaced on the instance (by hooks of accelerate, or a kernel); compress first"
+    return found

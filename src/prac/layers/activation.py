@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from prac.config import Kind
 from prac.layers.base import Compressed, Match, trained
 from prac.ops import ACTIVATIONS, Activation, activated, activation
+from prac.quiet import quietly
 from prac.source import mark
 from prac.stored import Stored
 from prac.tangible import tangible
@@ -23,41 +24,52 @@ class ElementWise(Compressed):
     """
 
     kind: ClassVar[Kind] = "activation"
-    _prac_function: Activation
 
     def _compressed(self, x: Tensor) -> Tensor:
         """(..., m) to (..., m)."""
         if not trained(x):
             return self._original(x)
-        estimator = self.estimators["x"]
-        h = activation(x, self._prac_function, estimator, compute=self._original)
-        return mark(h, activated(estimator.keep(x), self._prac_function)) if isinstance(estimator, Stored) else h
+        estimator, function = self.estimators["x"], self._prac.match.facts
+        h = activation(x, function, estimator, compute=self._original)
+        return mark(h, activated(estimator.keep(x), function)) if isinstance(estimator, Stored) else h
 
 
 @torch.no_grad()
-def function_of(module: nn.Module) -> Activation | None:
-    """Which known activation a module computes, found by evaluating it on a grid."""
+def function_of(module: nn.Module, device: torch.device | None = None) -> Activation | None:
+    """Which known activation a module computes in both modes, found by evaluating it on a grid.
+
+    Args:
+        module: without parameters or children; others are none.
+        device: where the model lives that it is part of; the CPU by default.
+    """
     if any(True for _ in module.parameters()) or any(module.children()):
         return None
-    with tangible(module):
-        x = torch.linspace(-6, 6, 97, device="cpu")
+    with tangible(module), quietly(module):
+        x = torch.linspace(-6, 6, 97, device="cpu", dtype=torch.float32).to(device or "cpu")
         try:
-            y = module(x)
+            ys = [module.train(mode)(x.clone()) for mode in (False, True)]
         except Exception:  # any failure of a stranger's forward means: none of ours
             return None
         for function in ACTIVATIONS.values():
-            if isinstance(y, Tensor) and torch.allclose(y, function.forward(x), rtol=1e-5, atol=1e-6):
+            expected = function.forward(x)
+            if all(isinstance(y, Tensor) and _close(y, expected) for y in ys):
                 return function
         return None
 
 
-def recognise(module: nn.Module) -> Match | str | None:
+def _close(y: Tensor, expected: Tensor) -> bool:
+    return y.shape == expected.shape and torch.allclose(y.float(), expected, rtol=1e-5, atol=1e-6)
+
+
+def recognise(module: nn.Module, device: torch.device | None = None) -> Match | str | None:
     """A GELU or SiLU by its name, then by its values."""
     name = type(module).__name__.lower()
     if not any(word in name for word in ("gelu", "silu", "swish")) or any(module.children()):
         return None
-    function = function_of(module)
+    if getattr(module, "inplace", False):
+        return "an activation that overwrites its input"
+    function = function_of(module, device)
     if function is None:
         return "an activation, but its values are not those of GELU (exact or tanh) or SiLU"
     # Its width is that of whatever comes along.
-    return Match(ElementWise, {"x": None}, {"_prac_function": function})
+    return Match(ElementWise, {"x": None}, function)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -13,8 +12,10 @@ from torch.overrides import TorchFunctionMode
 from prac.config import Kind
 from prac.estimator import Estimator
 from prac.layers.base import Compressed, Match
-from prac.ops.attention import attention, runs_here
+from prac.ops.attention import attention, enough, why_not
 from prac.source import mark
+from prac.stored import Stored
+from prac.tangible import is_hollow
 
 
 class Attention(Compressed):
@@ -26,27 +27,41 @@ class Attention(Compressed):
 
     kind: ClassVar[Kind] = "attention"
 
-    def _compressed(self, *args: Any, **kwargs: Any) -> Any:
+    def _in_training(self, *args: Any, **kwargs: Any) -> Any:
         """The original's arguments and result."""
-        with _Replaced(self.estimators):
+        self._prac.departs = ""
+        with _Replaced(self):
             return self._original(*args, **kwargs)
+
+    def enough_bits(self, query: Tensor, key: Tensor, scale: float | None) -> dict[str, Estimator]:
+        """Its estimators, those of q and k with as many bits as the size of the scores asks for.
+
+        Decided at the first step and whenever the steps have doubled, so that the sizes are seldom waited for, and a
+        checkpoint computed again finds the same.
+        """
+        record, q, k = self._prac, self.estimators["q"], self.estimators["k"]
+        step = q.clock.step
+        if step >= record.due and not is_hollow(query) and isinstance(q, Stored) and isinstance(k, Stored):
+            record.due = max(1, 2 * step)
+            q.bits = k.bits = enough(query, key, scale, record.match.facts)
+        return self.estimators
 
 
 class _Replaced(TorchFunctionMode):
     """Inside, ``F.scaled_dot_product_attention`` is :func:`prac.ops.attention`, where that can stand in for it."""
 
-    def __init__(self, estimators: Mapping[str, Estimator]) -> None:
+    def __init__(self, layer: Attention) -> None:
         super().__init__()
-        self.estimators = estimators
+        self.layer = layer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            return _attend(self.estimators, *args, **(kwargs or {}))
+            return _attend(self.layer, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 def _attend(
-    estimators: Mapping[str, Estimator],
+    layer: Attention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -57,22 +72,22 @@ def _attend(
     enable_gqa: bool = False,
 ) -> Tensor:
     """``F.scaled_dot_product_attention``, with its signature."""
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        # As torch does before it calls a kernel; of the mask's size, not of the activations'.
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
-    wanted = any(t.requires_grad for t in (query, key, value)) and query.dim() == 4
-    if not wanted or not runs_here(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
+    wanted = any(t.requires_grad for t in (query, key, value))
+    why = why_not(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) if wanted else ""
+    if why:
+        layer.depart(f"{why}: q, k, v and the output stay in full")
+    if why or not wanted:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     out, kept = attention(
-        query, key, value, estimators,
+        query, key, value, layer.enough_bits(query, key, scale),
         mask=attn_mask, dropout=dropout_p, causal=is_causal, scale=scale, gqa=enable_gqa,
     )  # fmt: skip
     return mark(out, kept, width=out.shape[1] * out.shape[3])
 
 
-def match(widths: tuple[int, int, int]) -> Match:
+def match(widths: tuple[int, int, int], bits: int | None) -> Match:
     """For a module that was seen to call attention with q, k and v of so many features (all heads together)."""
     q, k, v = widths
-    return Match(Attention, {"q": q, "k": k, "v": v, "out": q})
+    return Match(Attention, {"q": q, "k": k, "v": v, "out": q}, bits)

@@ -2,55 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import sys
+import warnings
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from prac.config import Kind
 from prac.estimator import Estimator
-
-
-class Compressed(nn.Module):
-    """Mixed into the class of a module, in front of it, by :func:`swap`.
-
-    The module stays the same object with the same parameters, hooks, names and state_dict;
-    only ``forward`` changes, and only for training steps: in eval mode, under ``no_grad``
-    and where nothing needs a gradient, the original runs.
-
-    ``torch.compile`` leaves training steps of the layer out of its graphs: subspaces, clocks and random numbers live
-    between calls, where a graph could not follow them. The layer's own kernels are compiled (:mod:`prac.fused`), what
-    lies between layers is compiled as ever, and so is everything in eval mode.
-    """
-
-    kind: ClassVar[Kind]
-    statistics: ClassVar[int] = 0  # numbers per token kept exactly, beside Z
-    estimators: dict[str, Estimator]  # one for each tensor the layer keeps
-    suspended = False  # keep everything in full for a while
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The original's, in training with what it keeps compressed."""
-        if self.suspended or not (self.training and torch.is_grad_enabled()):
-            return super().forward(*args, **kwargs)
-        return self._outside_graphs(*args, **kwargs)
-
-    def _outside_graphs(self, *args: Any, **kwargs: Any) -> Any:
-        """:meth:`_compressed`; :func:`swap` hides it from torch.compile."""
-        raise NotImplementedError
-
-    def _compressed(self, *args: Any, **kwargs: Any) -> Any:
-        """What the layer does in training."""
-        raise NotImplementedError
-
-    def _original(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module did before."""
-        return super().forward(*args, **kwargs)
-
-    def extra_repr(self) -> str:
-        """The original's, and how the input is kept."""
-        labels = {e.label() for e in self.estimators.values() if e.width is not None}
-        return ", ".join(filter(None, [super().extra_repr(), *(f"kept={label}" for label in sorted(labels))]))
 
 
 @dataclass(frozen=True)
@@ -59,9 +23,220 @@ class Match:
 
     layer: type[Compressed]
     inputs: dict[str, int | None]  # the tensors it keeps, by name, and their widths where known
-    attributes: dict[str, Any] = field(default_factory=dict)  # what its forward has to know
+    facts: Any = None  # what its forward has to know, as its kind of layer takes it
     shareable: bool = False  # it keeps its own input, so its neighbours may read the same tensor
     grouped: type[Compressed] | None = None  # the layer to use where a norm shares its x̂ with those that read it
+
+
+class Source(NamedTuple):
+    """From what a layer's input can be had, so that it keeps none: whose tensor, and which."""
+
+    name: str  # "" where it is torch's attention that keeps it
+    what: str
+
+    @property
+    def is_there_anyway(self) -> bool:
+        """Whether it costs nothing to keep it in full."""
+        return not self.name
+
+
+class Way(NamedTuple):
+    """What decides, beside its tensors and children, what a module computes."""
+
+    forward: Any  # of its class
+    settings: dict[str, Any]  # its plain attributes
+
+    def differs(self, module: nn.Module, of_class: type[nn.Module]) -> str:
+        """What is not as it was, or ""."""
+        if of_class.forward is not self.forward:
+            return "the forward of its class was replaced"
+        now = vars(module)
+        for name, value in self.settings.items():
+            if now.get(name) != value:
+                return f"its {name} was changed from {value} to {now.get(name)}"
+        return ""
+
+
+def way(module: nn.Module) -> Way:
+    """The module's way of computing, to be compared with a later one."""
+    plain = {
+        name: value
+        for name, value in vars(module).items()
+        if name != "training" and not name.startswith("_") and isinstance(value, bool | int | float | str | None)
+    }
+    return Way(type(module).forward, plain)
+
+
+@dataclass
+class Shared:
+    """What the layers of one model share."""
+
+    said: set[str] = field(default_factory=set)  # the warnings given
+    is_waiting: bool = False  # for a first batch, to see what shares an input
+
+    def warn(self, text: str) -> None:
+        """Once for a model."""
+        if text not in self.said:
+            self.said.add(text)
+            warnings.warn(text, stacklevel=3)
+
+
+@dataclass
+class Record:
+    """All that prac notes on a module."""
+
+    name: str  # the module's, when it was found
+    match: Match
+    original: type[nn.Module]
+    estimators: dict[str, Estimator]  # one for each tensor the layer keeps
+    source: Source | None  # where its input can be had from others
+    way: Way
+    parameter: str  # the name of its forward's first parameter
+    shared: Shared
+    stands_for: nn.Module | None = None  # the module in whose place this one is
+    suspended: bool = False  # keep everything in full for a while
+    due: int = 0  # the optimizer step at which it is to decide again how to keep, where it decides
+    departs: str = ""  # why its last training call was not as planned
+
+
+class Compressed(nn.Module):
+    """Mixed into the class of a module, in front of it, by :func:`swap`.
+
+    The module stays the same object with the same parameters, hooks, names and state_dict;
+    only ``forward`` changes, and only for training steps: in eval mode, under ``no_grad``
+    and where nothing needs a gradient, the original runs. So it does where the module is not any more what it was
+    when it was compressed, or is called in another way; ``handle.summary()`` then says so.
+
+    ``torch.compile`` leaves training steps of the layer out of its graphs: subspaces, clocks and random numbers live
+    between calls, where a graph could not follow them. The layer's own kernels are compiled (:mod:`prac.fused`), what
+    lies between layers is compiled as ever, and so is everything in eval mode.
+    """
+
+    kind: ClassVar[Kind]
+    statistics: ClassVar[int] = 0  # numbers per token kept exactly, beside Z
+    _prac: Record
+
+    @property
+    def estimators(self) -> dict[str, Estimator]:
+        """One for each tensor the layer keeps."""
+        return self._prac.estimators
+
+    @estimators.setter
+    def estimators(self, estimators: dict[str, Estimator]) -> None:
+        self._prac.estimators = estimators
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's, in training with what it keeps compressed."""
+        if self._prac.suspended or not (self.training and torch.is_grad_enabled()):
+            return super().forward(*args, **kwargs)
+        return self._outside_graphs(*args, **kwargs)
+
+    def _outside_graphs(self, *args: Any, **kwargs: Any) -> Any:
+        """:meth:`_in_training`; :func:`swap` hides it from torch.compile."""
+        raise NotImplementedError
+
+    def _in_training(self, *args: Any, **kwargs: Any) -> Any:
+        record = self._prac
+        if len(args) == 1 and not kwargs:
+            (x,) = args
+        else:
+            x = _only_input(record, args, kwargs)
+        if x is None:
+            return self._in_its_own_way("it is called with more than its input", args, kwargs)
+        if changed := self.differs():
+            return self._in_its_own_way(changed, args, kwargs)
+        if not isinstance(x, Tensor) or not x.numel():  # nothing to keep
+            return self._original(*args, **kwargs)
+        _refuse_others(record.name, x)
+        record.departs = ""
+        if record.shared.is_waiting:
+            record.shared.is_waiting = False
+            record.shared.warn(
+                "prac has not seen a batch yet: the module that prac.compress was given is not called itself. So every "
+                "layer keeps an input of its own, and attention is left in full; give prac.compress an example."
+            )
+        return self._compressed(x)
+
+    def _compressed(self, x: Tensor) -> Any:
+        """What the layer does in training."""
+        raise NotImplementedError
+
+    def _original(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module did before."""
+        return super().forward(*args, **kwargs)
+
+    def _in_its_own_way(self, why: str, args: Any, kwargs: Any) -> Any:
+        self.depart(f"{why}: it keeps its input in full")
+        return self._original(*args, **kwargs)
+
+    def differs(self) -> str:
+        """In what the module is not any more what it was when it was compressed, or ""."""
+        return self._prac.way.differs(self, self._prac.original)
+
+    def depart(self, why: str, *, warn: bool = True) -> None:
+        """Note why this call is not as planned; with one warning for a model."""
+        record = self._prac
+        if record.departs == why:
+            return
+        record.departs = why
+        if not warn:
+            return
+        record.shared.warn(
+            f"a {record.original.__name__} compressed by prac does not do as planned: {why} "
+            "(handle.summary() shows which)."
+        )
+
+    def extra_repr(self) -> str:
+        """The original's, and how the input is kept."""
+        labels = {e.label() for e in self.estimators.values() if e.width is not None}
+        return ", ".join(filter(None, [super().extra_repr(), *(f"kept={label}" for label in sorted(labels))]))
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuses: a compressed class is made at run time, so a pickle could not find it."""
+        raise TypeError(
+            f"{self._prac.name or 'the model'} is compressed by prac and cannot be pickled whole (torch.save(model), "
+            "multiprocessing's spawn). Save model.state_dict(), and handle.state_dict() beside it; or call "
+            "handle.restore() first and prac.compress again afterwards."
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """As of any module, with subspaces, draws and steps of its own from then on."""
+        own = getattr(super(), "__deepcopy__", None)
+        if own is not None:
+            return own(memo)
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
+    def __copy__(self) -> Any:
+        twin = type(self).__new__(type(self))
+        vars(twin).update(vars(self))
+        return twin
+
+
+def _only_input(record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first argument, if all others are what the forward has by default; else None."""
+    try:
+        bound = inspect.signature(record.way.forward).bind(None, *args, **kwargs)
+    except TypeError:
+        return None  # the original says what is wrong
+    given, defaults = bound.arguments, bound.signature.parameters
+    x = given.get(record.parameter)
+    others = [name for name in list(given)[1:] if name != record.parameter]
+    return x if all(given[name] is defaults[name].default for name in others) else None
+
+
+def _refuse_others(name: str, x: Tensor) -> None:
+    """Raise for tensors that have no rows of features to compress."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    is_distributed = distributed is not None and isinstance(x, distributed.DTensor)
+    if x.is_nested or is_distributed or x.layout != torch.strided:
+        what = "a DTensor" if is_distributed else "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
+        raise TypeError(
+            f"{name}: its input is {what}, which prac cannot compress. Leave the layer out: "
+            f"prac.compress(model, exclude={name!r})."
+        )
 
 
 def trained(*tensors: Tensor | None) -> bool:
@@ -72,32 +247,51 @@ def trained(*tensors: Tensor | None) -> bool:
 _swapped: dict[tuple[type[Compressed], type[nn.Module]], type[nn.Module]] = {}
 
 
-def swap(module: nn.Module, match: Match, estimators: dict[str, Estimator]) -> None:
+def swap(
+    module: nn.Module,
+    match: Match,
+    estimators: dict[str, Estimator],
+    *,
+    name: str = "",
+    source: Source | None = None,
+    shared: Shared | None = None,
+) -> None:
     """Turn ``module`` into a compressed one, in place."""
     original = type(module)
     key = (match.layer, original)
     if key not in _swapped:
-        hidden = torch.compiler.disable(match.layer._compressed, reason="prac keeps activations outside of graphs")
+        hidden = torch.compiler.disable(match.layer._in_training, reason="prac keeps activations outside of graphs")
         _swapped[key] = type(
             f"Prac{original.__name__}", key, {"__module__": original.__module__, "_outside_graphs": hidden}
         )
+    parameter = next(iter(list(inspect.signature(original.forward).parameters)[1:]), "")
+    record = Record(name, match, original, estimators, source, way(module), parameter, shared or Shared())
     module.__class__ = _swapped[key]
-    module.estimators = estimators  # type: ignore[assignment]
-    for name, value in match.attributes.items():
-        setattr(module, name, value)
+    module._prac = record  # type: ignore[assignment]
 
 
-def unswap(module: Compressed, match: Match) -> None:
-    """The inverse of :func:`swap`."""
-    for name in ("estimators", "suspended", "_prac_group", *match.attributes):
-        vars(module).pop(name, None)
-    module.__class__ = type(module).__bases__[1]
+def unswap(module: nn.Module) -> Record:
+    """The inverse of :func:`swap`; also where others have put a class of their own in front since."""
+    record: Record = vars(module).pop("_prac")
+    module.__class__ = _without(type(module), _swapped[record.match.layer, record.original], record.original)
+    return record
+
+
+def _without(of_class: type, swapped: type, original: type[nn.Module]) -> type[nn.Module]:
+    if of_class is swapped:
+        return original
+    if swapped not in of_class.__mro__:
+        return of_class
+    bases = tuple(_without(base, swapped, original) for base in of_class.__bases__)
+    inside = {name: value for name, value in vars(of_class).items() if name not in ("__dict__", "__weakref__")}
+    return type(of_class.__name__.replace(swapped.__name__, original.__name__), bases, inside)
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether somebody hooked on to the module, and would miss a call that is made without it."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return any(not getattr(hook, "only_counts", False) for table in hooks for hook in table.values())
+    hooked = any(not getattr(hook, "only_counts", False) for table in hooks for hook in table.values())
+    return hooked or _has_any_global_hook()
 
 
 def overrides_forward(module: nn.Module) -> bool:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from prac.config import Kind
-from prac.layers.base import Compressed, Match, is_hooked, trained
-from prac.ops import Normed, linear, norm_linears
+from prac.layers.base import Compressed, Match, trained
+from prac.ops import Normed, linear
+from prac.ops.function import autocast_dtype
 from prac.source import source_of
 
 
@@ -19,8 +19,6 @@ class Linear(Compressed):
     kind: ClassVar[Kind] = "linear"
     weight: Tensor
     bias: Tensor | None
-    # All the layers, this one too, that alone read the output of one norm; empty for any other layer.
-    _prac_group: Sequence[Linear] = ()
 
     def parameters_ON(self) -> tuple[Tensor, Tensor | None]:
         """Weight (o, n) and bias (o,)."""
@@ -28,22 +26,18 @@ class Linear(Compressed):
 
     def _compressed(self, x: Tensor) -> Tensor:
         """(..., n) to (..., o)."""
-        source = source_of(x)
+        source, keep_y, scalars_M2 = source_of(x), self.estimators.get("y"), None
         if isinstance(source, Normed):
-            if self._prac_group and not any(is_hooked(layer) for layer in self._prac_group if layer is not self):
-                return self._with_group(x, source)
-            source = source.kept(x.dtype)
-        if not trained(self.weight):
+            scalars_M2 = None if keep_y is None else source.scalars_M2
+            source = source.kept(autocast_dtype(x))
+        if not trained(self.weight) and scalars_M2 is None:
             return self._original(x)
-        return linear(x, *self.parameters_ON(), source or self.estimators["x"])
-
-    def _with_group(self, x: Tensor, normed: Normed) -> Tensor:
-        """The first layer called computes the outputs of all, in one operation, and hands out the others'."""
-        if id(self) not in normed.outputs:
-            layers = [layer.parameters_ON() for layer in self._prac_group]
-            outputs = norm_linears(x, normed, layers, [layer.estimators.get("y") for layer in self._prac_group])
-            normed.outputs.update(zip(map(id, self._prac_group), outputs, strict=True))
-        return normed.outputs.pop(id(self))
+        if source is None and self._prac.source is not None and not self._prac.source.is_there_anyway:
+            what = f"what it reads is not made of {self._prac.source.what} alone: it keeps an input of its own"
+            self.depart(what, warn=x.requires_grad)  # a norm that needs no gradient keeps nothing
+        return linear(
+            x, *self.parameters_ON(), source or self.estimators["x"], scalars_M2=scalars_M2, keep_y=keep_y
+        )  # fmt: skip
 
 
 class Conv1D(Linear):

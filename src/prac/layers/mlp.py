@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from prac.config import Kind
 from prac.estimator import Tensors
 from prac.layers.activation import function_of
-from prac.layers.base import Compressed, Match, is_hooked, trained
+from prac.layers.base import Compressed, Match, Way, is_hooked, trained, way
 from prac.layers.linear import Linear
 from prac.ops import ACTIVATIONS, Activation, Normed, glu, norm_mlp, product
+from prac.quiet import quietly
 from prac.source import mark, source_of
 from prac.stored import Stored
-from prac.structure import in_mode
 from prac.tangible import tangible
 
 
@@ -33,6 +33,13 @@ class Roles(NamedTuple):
     dropout: str = ""  # a dropout after down
 
 
+class Facts(NamedTuple):
+    """What an MLP's forward has to know: who does what, and how its other children computed when it was found."""
+
+    roles: Roles
+    ways: dict[str, Way]
+
+
 class MLP(Compressed):
     """Behind a norm that shares its x̂, one operation from there to the output; else the product alone.
 
@@ -41,30 +48,39 @@ class MLP(Compressed):
     """
 
     kind: ClassVar[Kind] = "activation"
-    _prac_roles: Roles
+
+    def differs(self) -> str:
+        """As for any layer; its activation, dropouts and what else does nothing are its own business too."""
+        for name, then in self._prac.match.facts.ways.items():
+            child = self._modules.get(name)
+            if child is None or "forward" in vars(child) or then.differs(child, type(child)):
+                return f"its {name} was changed"
+        return super().differs()
 
     def _compressed(self, x: Tensor) -> Tensor:
         """(..., n) to (..., n)."""
-        source = source_of(x)
+        roles, source = self._prac.match.facts.roles, source_of(x)
         if isinstance(source, Normed) and self._runs_as_one():
             return self._from_norm(x, source)
-        if not self._prac_roles.gated:
-            return self._original(x)
-        return self._product(x)
+        return self._product(x) if roles.gated else self._original(x)
 
     def _runs_as_one(self) -> bool:
-        layers = self._layers()
-        return isinstance(self.estimators["gate"], Stored) and len(layers) == len(self._prac_roles.into) + 1
+        """Whether nobody would miss the calls of its children."""
+        roles = self._prac.match.facts.roles
+        linears = [self.get_submodule(name) for name in (*roles.into, roles.down)]
+        ours = all(isinstance(layer, Linear) and not layer.differs() for layer in linears)
+        alone = not any(is_hooked(child) or "forward" in vars(child) for child in self.children())
+        return isinstance(self.estimators["gate"], Stored) and ours and alone
 
-    def _layers(self) -> list[Linear]:
-        """Those of its linear layers that prac may run without calling them, in order."""
-        layers = [self.get_submodule(name) for name in (*self._prac_roles.into, self._prac_roles.down)]
-        return [layer for layer in layers if isinstance(layer, Linear) and not is_hooked(layer)]
+    def _parameters_ON(self, name: str) -> tuple[Tensor, Tensor | None]:
+        layer = self.get_submodule(name)
+        assert isinstance(layer, Linear)
+        return layer.parameters_ON()
 
     def _from_norm(self, x: Tensor, normed: Normed) -> Tensor:
-        roles, keep = self._prac_roles, self.estimators["gate"]
+        roles, keep = self._prac.match.facts.roles, self.estimators["gate"]
         assert isinstance(keep, Stored)
-        *into, down = (layer.parameters_ON() for layer in self._layers())
+        into, down = [self._parameters_ON(name) for name in roles.into], self._parameters_ON(roles.down)
         shape = {"is_gated": roles.gated, "gate_first": roles.gate_first}
         seen = None if keep.observer is None else self._observer()
         y = norm_mlp(x, normed, into, down, roles.function.name, keep.bits, **shape, seen=seen)
@@ -82,15 +98,14 @@ class MLP(Compressed):
         return seen
 
     def _drop(self, y: Tensor) -> Tensor:
-        if self._prac_roles.dropout:
-            y = self.get_submodule(self._prac_roles.dropout)(y)
-        return y
+        dropout = self._prac.match.facts.roles.dropout
+        return self.get_submodule(dropout)(y) if dropout else y
 
     def _product(self, x: Tensor) -> Tensor:
-        roles = self._prac_roles
+        roles = self._prac.match.facts.roles
         g, u = _gate_and_up(self, roles, x)
-        f = self.get_submodule(roles.original) if roles.original else roles.function.forward
         gate, up = self.estimators["gate"], self.estimators["up"]
+        f = _function(self, roles)
         if trained(g, u):  # only now known, and asking computes them
             h = glu(g, u, roles.function, gate, up, compute=f)
             if isinstance(gate, Stored) and isinstance(up, Stored):
@@ -101,6 +116,12 @@ class MLP(Compressed):
         return self._drop(y)
 
 
+def _function(module: nn.Module, roles: Roles) -> Callable[[Tensor], Tensor]:
+    """Its activation: the child, unless that would overwrite what is to be kept."""
+    original = module.get_submodule(roles.original) if roles.original else None
+    return roles.function.forward if original is None or getattr(original, "inplace", False) else original
+
+
 def _gate_and_up(module: nn.Module, roles: Roles, x: Tensor) -> tuple[Tensor, Tensor]:
     if len(roles.into) == 1:
         first, second = module.get_submodule(roles.into[0])(x).chunk(2, dim=-1)
@@ -109,7 +130,7 @@ def _gate_and_up(module: nn.Module, roles: Roles, x: Tensor) -> tuple[Tensor, Te
     return g, u
 
 
-def recognise(module: nn.Module) -> Match | str | None:
+def recognise(module: nn.Module, device: torch.device | None = None) -> Match | str | None:
     """A module whose children could make up an MLP, if it computes what one would.
 
     Two or three linear layers (or wrappers of them, such as PEFT's), at most one activation, and no
@@ -124,7 +145,7 @@ def recognise(module: nn.Module) -> Match | str | None:
     if len(linears) not in (2, 3) or len(others) > 1 or len(dropouts) > 1:
         return None
     original, dropout = others[0] if others else "", dropouts[0] if dropouts else ""
-    functions = [function_of(children[original])] if original else list(ACTIVATIONS.values())
+    functions = [function_of(children[original], device)] if original else list(ACTIVATIONS.values())
     candidates = [
         (roles._replace(function=f, original=original, dropout=dropout), width)
         for roles, width in _assignments(linears)
@@ -134,14 +155,21 @@ def recognise(module: nn.Module) -> Match | str | None:
     if not candidates:
         return None
     with tangible(module) as tried:
-        found = [(roles, width) for roles, width in candidates if _computes(tried, roles)]
+        found = _computed_by(tried, candidates)
         if not found or (dropout and not _ends_in(tried, dropout, found[0][0].down)):
             return None
     if len(found) > 1:  # with weights of zero, gate and up cannot be told apart
         return "a gated MLP, but its weights do not tell the gate from the other factor; compress after initialising it"
     roles, width = found[0]
     inputs: dict[str, int | None] = {"gate": width, "up": width} if roles.gated else {"gate": width}
-    return Match(MLP, inputs, {"_prac_roles": roles}, grouped=MLP)
+    ways = {name: _way(child, name == dropout) for name, child in children.items() if name not in linears}
+    return Match(MLP, inputs, Facts(roles, ways), grouped=MLP)
+
+
+def _way(child: nn.Module, is_called: bool) -> Way:
+    """A child's way of computing; the probability of a dropout that is called is read at the call."""
+    found = way(child)
+    return Way(found.forward, {}) if is_called else found
 
 
 def _is_idle(module: nn.Module) -> bool:
@@ -176,44 +204,82 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def _computes(module: nn.Module, roles: Roles) -> bool:
-    """Whether the module is this MLP, to the bit, on two random tokens."""
-    parameter = next(module.get_submodule(roles.into[0]).parameters())
-    n, _ = _shape(module.get_submodule(roles.into[0]))
-    x = torch.randn(1, 2, n, generator=torch.Generator().manual_seed(0)).to(parameter)
-    f: Callable[[Tensor], Tensor] = module.get_submodule(roles.original) if roles.original else roles.function.forward
-    try:
-        with in_mode(module, training=False):
-            y = module(x)
-            if roles.gated:
-                g, u = _gate_and_up(module, roles, x)
-                h = f(g) * u
-            else:
-                h = f(module.get_submodule(roles.into[0])(x))
-            expected = module.get_submodule(roles.down)(h)
-    except Exception:  # any failure of a stranger's forward means: not an MLP
-        return False
-    return isinstance(y, Tensor) and torch.equal(y, expected)
+def _computed_by(module: nn.Module, candidates: list[tuple[Roles, int]]) -> list[tuple[Roles, int]]:
+    """Those of the candidates that the module computes, in both modes; of those that differ in f alone, the nearest."""
+    errors: dict[tuple[Roles, int], float] = {}
+    for first in dict.fromkeys(roles.into[0] for roles, _ in candidates):
+        try:
+            errors |= _errors(module, first, [c for c in candidates if c[0].into[0] == first])
+        except Exception:  # any failure of a stranger's forward means: not an MLP that begins so
+            continue
+    nearest: dict[Roles, tuple[Roles, int]] = {}
+    for roles, width in sorted(errors, key=lambda found: errors[found]):
+        nearest.setdefault(roles._replace(function=candidates[0][0].function), (roles, width))
+    return list(nearest.values())
+
+
+def _errors(module: nn.Module, first: str, candidates: list[tuple[Roles, int]]) -> dict[tuple[Roles, int], float]:
+    """The error of each candidate that comes near what the module computes; ``first`` is the layer that they read by.
+
+    On random tokens that bring its outputs to the size where f bends, so that the factors can be told apart, on the
+    module's own device, and to the rounding of its dtype.
+    """
+    parameter = next(module.get_submodule(first).parameters())
+    f32 = {"dtype": torch.float32, "device": "cpu"}  # whatever the process's defaults are
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, _shape(module.get_submodule(first))[0], generator=generator, **f32).to(parameter)
+    found: dict[tuple[Roles, int], float] = {}
+    with quietly(module):
+        size = module.eval().get_submodule(first)(x).float().square().mean().sqrt().item()
+        x = x * (2 / size) if 0 < size < 2 else x
+        ys = []
+        for mode in (False, True):
+            module.train(mode)
+            if candidates[0][0].dropout:
+                module.get_submodule(candidates[0][0].dropout).eval()
+            ys.append(module(x.clone()))
+        module.eval()
+        for roles, width in candidates:
+            expected = _expected(module, roles, x.clone())
+            error = max(_distance(y, expected) for y in ys)
+            if error <= 16 * torch.finfo(expected.dtype).eps:
+                found[roles, width] = error
+    return found
+
+
+def _expected(module: nn.Module, roles: Roles, x: Tensor) -> Tensor:
+    """What an MLP of these roles computes."""
+    f = _function(module, roles)
+    if roles.gated:
+        g, u = _gate_and_up(module, roles, x)
+        h = f(g) * u
+    else:
+        h = f(module.get_submodule(roles.into[0])(x))
+    y: Tensor = module.get_submodule(roles.down)(h)
+    return y
+
+
+def _distance(y: object, expected: Tensor) -> float:
+    """The largest difference, in units of the largest value."""
+    if not isinstance(y, Tensor) or y.shape != expected.shape or y.dtype != expected.dtype:
+        return float("inf")
+    largest = expected.abs().max().float()
+    return ((y - expected).abs().max().float() / largest).item() if largest else float((y != expected).any())
 
 
 @torch.no_grad()
 def _ends_in(module: nn.Module, dropout: str, down: str) -> bool:
     """Whether the dropout is called last, after ``down``."""
     calls: list[str] = []
-    hooks = [
-        child.register_forward_hook(lambda module, args, output, name=name: calls.append(name))
-        for name, child in module.named_children()
-    ]
     parameter = next(module.get_submodule(down).parameters())
     n = next(
         _shape(child)[0]
         for name, child in module.named_children()
         if name != down and name != dropout and any(True for _ in child.parameters())
     )
-    try:
-        with in_mode(module, training=False):
-            module(torch.zeros(1, 1, n).to(parameter))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with quietly(module):
+        for name, child in module.named_children():
+            child.register_forward_hook(lambda module, args, output, name=name: calls.append(name))
+        module.eval()
+        module(torch.zeros(1, 1, n, dtype=torch.float32, device="cpu").to(parameter))
     return calls[-2:] == [down, dropout]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from prac.config import Kind
 from prac.layers.base import Compressed, Match, trained
 from prac.ops import Norm, layer_norm, normalise, rms_norm
+from prac.quiet import quietly
 from prac.source import mark
 from prac.tangible import tangible
 
@@ -22,13 +23,12 @@ class LayerNorm(Compressed):
     statistics: ClassVar[int] = 2
     weight: Tensor | None
     bias: Tensor | None
-    _prac_norm: Norm
 
     def _compressed(self, x: Tensor) -> Tensor:
         """(..., n) to (..., n)."""
         if not trained(x, self.weight, self.bias):
             return self._original(x)
-        eps, estimator = self._prac_norm.eps, self.estimators["x"]
+        eps, estimator = self._prac.match.facts.eps, self.estimators["x"]
         return layer_norm(x, self.weight, self.bias, eps, estimator, compute=self._original)
 
 
@@ -38,13 +38,12 @@ class RMSNorm(Compressed):
     kind: ClassVar[Kind] = "norm"
     statistics: ClassVar[int] = 1
     weight: Tensor | None
-    _prac_norm: Norm
 
     def _compressed(self, x: Tensor) -> Tensor:
         """(..., n) to (..., n)."""
         if not trained(x, self.weight):
             return self._original(x)
-        estimator, norm = self.estimators["x"], self._prac_norm
+        estimator, norm = self.estimators["x"], self._prac.match.facts
         return rms_norm(x, self.weight, norm.eps, estimator, offset=norm.offset, compute=self._original)
 
 
@@ -55,20 +54,18 @@ class SharedNorm(Compressed):
     statistics: ClassVar[int] = 1
     weight: Tensor | None
     bias: Tensor | None
-    _prac_norm: Norm
-    _prac_marks: bool  # whether its output says what it can be had from
 
     def _compressed(self, x: Tensor) -> Tensor:
         """(..., n) to (..., n)."""
         bias = getattr(self, "bias", None)
         if not trained(x, self.weight, bias):
             return self._original(x)
-        y, normed = normalise(x, self.weight, bias, self._prac_norm, self.estimators["x"], self._dtype(x))
-        return mark(y, normed) if self._prac_marks else y
+        y, normed = normalise(x, self.weight, bias, self._prac.match.facts, self.estimators["x"], self._dtype(x))
+        return mark(y, normed)
 
     def _dtype(self, x: Tensor) -> torch.dtype:
         """Of the output, as the original has it."""
-        if self._prac_norm.centered:
+        if self._prac.match.facts.centered:
             return torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
         return x.dtype if self.weight is None else torch.promote_types(x.dtype, self.weight.dtype)
 
@@ -81,7 +78,7 @@ def recognise(module: nn.Module) -> Match | str | None:
         if len(module.normalized_shape) != 1:
             return f"normalises over {len(module.normalized_shape)} dimensions; only the last one is supported"
         norm = Norm(module.eps, 0.0, True)
-        return Match(LayerNorm, {"x": module.normalized_shape[0]}, {"_prac_norm": norm}, grouped=SharedNorm)
+        return Match(LayerNorm, {"x": module.normalized_shape[0]}, norm, grouped=SharedNorm)
     if not type(module).__name__.endswith("Norm") or any(module.children()):
         return None
     weight = getattr(module, "weight", None)
@@ -90,7 +87,7 @@ def recognise(module: nn.Module) -> Match | str | None:
     formula = _rms_formula(module, weight.numel())
     if formula is None:
         return "a norm, but its output is not that of an RMSNorm"
-    return Match(RMSNorm, {"x": weight.numel()}, {"_prac_norm": Norm(*formula, False)}, grouped=SharedNorm)
+    return Match(RMSNorm, {"x": weight.numel()}, Norm(*formula, False), grouped=SharedNorm)
 
 
 @torch.no_grad()
@@ -101,24 +98,31 @@ def _rms_formula(module: nn.Module, n: int) -> tuple[float, float] | None:
     multiplies, nor which attribute holds eps. A float32 copy with random weights does.
     """
     with tangible(module) as real:
-        return _evaluated(copy.deepcopy(real).to_empty(device="cpu").float(), n)
+        twin = copy.deepcopy(real).float()
+        with quietly(twin):
+            in_eval, in_training = (_evaluated(twin.train(mode), n) for mode in (False, True))
+    return in_eval if in_eval == in_training else None
 
 
+@torch.no_grad()
 def _evaluated(twin: nn.Module, n: int) -> tuple[float, float] | None:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.rand(n, generator=generator) + 0.5
+    generator, device = torch.Generator().manual_seed(0), twin.get_parameter("weight").device
+    f32 = {"dtype": torch.float32, "device": "cpu"}  # whatever the process's defaults are
+    weight = (torch.rand(n, generator=generator, **f32) + 0.5).to(device)
     twin.get_parameter("weight").copy_(weight)
     found = [vars(twin)[a] for a in ("eps", "variance_epsilon", "epsilon") if a in vars(twin)]
     # nn.RMSNorm's None is the machine epsilon of the input's dtype; at float32's, it is nothing.
     eps = next((float(e) for e in found if e is not None), torch.finfo(torch.float32).eps)
     # Rows of ordinary size, and rows so small that eps decides.
-    x = torch.randn(8, n, generator=generator) * torch.tensor([[1.0], [max(eps, 1e-12) ** 0.5]] * 4)
+    sizes = torch.tensor([[1.0], [max(eps, 1e-12) ** 0.5]] * 4, **f32)
+    x = (torch.randn(8, n, generator=generator, **f32) * sizes).to(device)
     try:
-        y = twin(x)
+        y = twin(x.clone())
     except Exception:  # any failure of a stranger's forward means: not this formula
         return None
     x_hat = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     for offset in (0.0, 1.0):
-        if torch.allclose(y, (offset + weight) * x_hat, rtol=1e-4, atol=1e-6):
+        expected = (offset + weight) * x_hat
+        if isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y.float(), expected, rtol=1e-4, atol=1e-6):
             return eps, offset
     return None

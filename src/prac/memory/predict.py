@@ -80,7 +80,7 @@ def predict(
         if chunked_loss:
             ChunkedLoss(model)
         if config is not None:
-            compress(model, config, include=include, exclude=exclude)
+            compress(model, config, include=include, exclude=exclude, example=batch)
         model.train()
         step = partial(_factored_gradients, model, batch, loss, autocast) if _is_factored(model) else None
         optimizers = [] if optimizer is None else _started(optimizer, model, step)

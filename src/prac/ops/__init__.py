@@ -3,7 +3,6 @@
 from prac.ops.cross_entropy import linear_cross_entropy
 from prac.ops.elementwise import ACTIVATIONS, Activation, activation
 from prac.ops.glu import glu
-from prac.ops.group import norm_linears
 from prac.ops.linear import linear
 from prac.ops.mlp import norm_mlp
 from prac.ops.norm import layer_norm, rms_norm
@@ -21,7 +20,6 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
-    "norm_linears",
     "norm_mlp",
     "normalise",
     "product",

@@ -9,30 +9,71 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from prac.config import Bits
 from prac.estimator import Estimator, Kept
 from prac.ops.function import Gradients, apply, autocast_dtype, backward, save, saved
 from prac.tangible import is_hollow
 
 aten = torch.ops.aten
-FLASH = 1  # torch.nn.attention.SDPBackend.FLASH_ATTENTION
+FLASH = torch.nn.attention.SDPBackend.FLASH_ATTENTION.value
 
 
-def runs_here(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool, gqa: bool) -> bool:
-    """Whether torch would run this attention by its flash kernel, whose backward this op calls."""
+def why_not(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool, gqa: bool
+) -> str:  # fmt: skip
+    """Why this op cannot stand in for this call of torch's attention; "" where it can.
+
+    It can where torch would take its flash kernel, whose backward the op calls.
+    """
+    if not q.dim() == k.dim() == v.dim() == 4:
+        return f"q, k and v have {q.dim()}, {k.dim()} and {v.dim()} dimensions, not 4"
     if mask is not None and mask.requires_grad:
-        return False
-    if q.device.type not in ("cpu", "cuda") or not q.shape[-1] == k.shape[-1] == v.shape[-1]:
-        return False
-    if q.device.type == "cuda" and (mask is not None or q.shape[-1] % 8):
-        return False
+        return "its mask (a bias of positions) needs a gradient"
+    if q.device.type not in ("cpu", "cuda"):
+        return f"there is no kernel for it on {q.device.type}"
+    if not q.shape[-1] == k.shape[-1] == v.shape[-1]:
+        return f"heads of q, k and v differ in size ({q.shape[-1]}, {k.shape[-1]}, {v.shape[-1]})"
+    if q.device.type == "cuda" and mask is not None:
+        return "torch's flash kernel takes no mask"
+    if q.device.type == "cuda" and q.shape[-1] % 8:
+        return f"heads of {q.shape[-1]} features, not a multiple of 8"
     dtype = autocast_dtype(q)
+    mask = _added(mask, dtype)
     if is_hollow(q):  # torch decides by device, dtypes and the size of a head
         with unset_fake_temporarily():
-            q, k, v = (torch.empty(1, 1, 2, q.shape[-1], dtype=dtype) for _ in range(3))
-            mask = None if mask is None else torch.zeros(1, 1, 2, 2, dtype=mask.dtype)
-            return bool(aten._fused_sdp_choice(q, k, v, mask, dropout, causal) == FLASH)
-    q, k, v = (t.detach().to(dtype) for t in (q, k, v))
-    return bool(aten._fused_sdp_choice(q, *_repeated(q, k, v, gqa), mask, dropout, causal) == FLASH)
+            q, k, v = (torch.empty(1, 1, 2, q.shape[-1], dtype=dtype, device="cpu") for _ in range(3))
+            mask = None if mask is None else torch.zeros(1, 1, 2, 2, dtype=mask.dtype, device="cpu")
+            chosen = aten._fused_sdp_choice(q, k, v, mask, dropout, causal)
+    else:
+        q, k, v = (t.detach().to(dtype) for t in (q, k, v))
+        chosen = aten._fused_sdp_choice(q, *_repeated(q, k, v, gqa), mask, dropout, causal)
+    if chosen == FLASH:
+        return ""
+    kernel = {0: "plain", 2: "memory-efficient", 3: "cuDNN"}.get(chosen, "another")
+    because = f" with dropout of {dropout}" if dropout and q.device.type == "cpu" else ""
+    return f"torch runs it{because} by its {kernel} kernel, and prac stands in for flash alone"
+
+
+# The relative error (r.m.s.) of rounding to the nearest of so many bits, as prac.storage has it.
+_ERROR = {4: 0.09, 8: 0.005}
+# How far rounding may move a score. At 0.13, which unit-sized q and k have in 4 bits, gradients are off by a sixth.
+_TOLERANCE = 0.2
+
+
+def enough(q: Tensor, k: Tensor, scale: float | None, bits: int) -> Bits | None:
+    """The bits to keep q and k in so that softmax is not lost in their rounding: ``bits``, or 8, or None for all.
+
+    Rounding with a relative error of e moves a score ``q·k · scale`` by about ``√2 e √D · scale`` times the sizes
+    (r.m.s.) of q and k. Where scores are not scaled, or training has made them large, 4 bits move them by more than
+    softmax can bear.
+    """
+    if bits not in _ERROR:
+        return Bits(bits)
+    d = q.shape[-1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    squares = [torch.linalg.vector_norm(t.detach(), dtype=wide).square() / max(1, t.numel()) for t in (q, k)]
+    size = (squares[0] * squares[1]).sqrt().item() * (2 * d) ** 0.5 * (d**-0.5 if scale is None else abs(scale))
+    return next((Bits(b) for b in sorted({bits, 8}) if b >= bits and size * _ERROR[b] <= _TOLERANCE), None)
 
 
 def attention(
@@ -47,7 +88,7 @@ def attention(
     scale: float | None = None,
     gqa: bool = False,
 ) -> tuple[Tensor, Kept]:
-    """``softmax(q kᵀ · scale + mask) v``, where :func:`runs_here` says so; keeps q, k, v and the output.
+    """``softmax(q kᵀ · scale + mask) v``, where there is no reason :func:`why_not`; keeps q, k, v and the output.
 
     The output is exact. Backward does attention once more for the rounded q, k and v, so the gradients are exact ones,
     of a point nearby: probabilities of each row add up to 1 whatever the rounding. (With the exact log-sum-exp of the
@@ -90,7 +131,7 @@ class _Attention(torch.autograd.Function):
         ctx.dtypes, dtype = (q.dtype, k.dtype, v.dtype), autocast_dtype(q)
         with torch.autocast(q.device.type, enabled=False):
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-            out, _, state, ctx.extra = _flash(q, *_repeated(q, k, v, gqa), mask, dropout, causal, scale)
+            out, _, state, ctx.extra = _flash(q, *_repeated(q, k, v, gqa), _added(mask, dtype), dropout, causal, scale)
             kept = {name: keep[name].keep(_rows(t)) for name, t in (("q", q), ("k", k), ("v", v), ("out", out))}
         save(ctx, mask=(mask,), state=state, **{name: each.tensors for name, each in kept.items()})
         ctx.forms, ctx.setting = {name: each.form for name, each in kept.items()}, setting
@@ -103,7 +144,7 @@ class _Attention(torch.autograd.Function):
         tensors = saved(ctx)
         dropout, causal, scale, gqa = ctx.setting
         q, k, v = (_heads(Kept(tensors[t], ctx.forms[t]).reconstruct(), ctx.shapes[t]) for t in ("q", "k", "v"))
-        (mask,) = tensors["mask"]
+        mask = _added(*tensors["mask"], q.dtype)
         full = (q, *_repeated(q, k, v, gqa))
         out, lse, *_ = _flash(*full, mask, 0.0, causal, scale)
         if dropout:  # which the log-sum-exp knows nothing of
@@ -136,6 +177,16 @@ def _flash(
         q, k, v, dropout, causal, scale=scale
     )
     return out, lse, (seq_q, seq_k, seed, offset), (max_q, max_k)
+
+
+def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask to be added to the scores, as kernels want it. One of booleans is made so at each use.
+
+    What is kept is then the mask that all layers share.
+    """
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
 def _repeated(q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> tuple[Tensor, Tensor]:

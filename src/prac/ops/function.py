@@ -32,6 +32,12 @@ def saved(ctx: Any) -> dict[str, tuple[Any, ...]]:
     return {name: tuple(itertools.islice(tensors, count)) for name, count in ctx.groups.items()}
 
 
+def shaped(y_MO: Tensor, shape: Sequence[int]) -> Tensor:
+    """``y_MO`` as (..., o), for an op to return: not as a view, which nobody could change in place."""
+    y: Tensor = torch.ops.aten._unsafe_view(y_MO, [*shape[:-1], y_MO.shape[-1]])
+    return y
+
+
 def cast(tensor: Any, dtype: torch.dtype) -> Any:
     """``tensor.to(dtype)``, also for no tensor."""
     return None if tensor is None else tensor.to(dtype)

@@ -59,20 +59,22 @@ def norm_input_grad(
     stored: Tensors,
     bits: Bits | None,
     weight_N: Tensor | None,
-    scalar_M1: Tensor | None,
+    exact: tuple[Tensor, Tensor] | None,
     centered: bool,
     dtype: torch.dtype,
 ) -> Tensor:
     """``dx = ρ (γ g − x̃ c)``, less ``ρ mean(γ g)`` where ``centered``, for ``g = dL/dy``.
 
-    ``c = scalar / n`` where it is known exactly; otherwise ``c = mean(γ g x̃)``.
+    ``exact`` is n c of each token, and whether it holds for it; elsewhere ``c = mean(γ g x̃)``.
     """
     n = g_MN.shape[1]
     g_MN = g_MN.to(rho_M1.dtype)
     xhat_MN = load(stored[0], stored[1:], bits, n, rho_M1.dtype)
     if weight_N is not None:
         g_MN = g_MN * weight_N
-    c_M1 = (g_MN * xhat_MN).mean(-1, keepdim=True) if scalar_M1 is None else scalar_M1 / n
+    c_M1 = (g_MN * xhat_MN).mean(-1, keepdim=True)
+    if exact is not None:
+        c_M1 = torch.where(exact[1], exact[0] / n, c_M1)
     dx_MN = g_MN - xhat_MN * c_M1
     if centered:
         dx_MN = dx_MN - g_MN.mean(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""From the norm's input to the output of the down projection: an MLP as one operation."""
+"""From a norm's output to that of the down projection: an MLP as one operation."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prac.config import Bits
-from prac.estimator import Tensors
+from prac.estimator import Kept, Tensors
 from prac.ops import kernels
-from prac.ops.function import Gradients, apply, autocast_dtype, backward, cast, saved
-from prac.ops.group import Parameters, group_grads, save_group
-from prac.ops.normed import Normed
+from prac.ops.function import Gradients, apply, autocast_dtype, backward, cast, save, saved, shaped
+from prac.ops.normed import Normed, scalars_grad
+
+Parameters = tuple[Tensor, Tensor | None]  # of a linear layer: weight (o, n) and bias (o,)
 
 
 def norm_mlp(
@@ -31,7 +32,7 @@ def norm_mlp(
 ) -> Tensor:
     """``f(g) u Wᵀ + b``, or ``f(a) Wᵀ + b``, with g, u and a linear in a norm's output.
 
-    Keeps the norm's x̂ and g and u, or a, in ``bits``, rounded to nearest since f follows. The
+    Has y from the norm's x̂, and keeps g and u, or a, in ``bits``, rounded to nearest since f follows. The
     hidden h = f(g) u is computed again from them for the gradient of ``down``, and so is the
     exact scalar of the norm. The output is exact. The gradients are those at the rounded g and u:
     off by about the rounding's own relative error (half a percent for 8 bits, 9% for 4) on the part
@@ -50,18 +51,16 @@ def norm_mlp(
     """
     flat = [t for layer in (*into, down) for t in layer]
     setting = (function, bits, is_gated, gate_first, seen)
-    return apply(_NormMLP, normed.x, normed.weight, normed.bias, y.detach(), normed, setting, *flat)
+    return apply(_NormMLP, y, normed.scalars_M2, normed.kept(autocast_dtype(y)), setting, *flat)
 
 
 class _NormMLP(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
-        weight_N: Tensor | None,
-        bias_N: Tensor | None,
         y: Tensor,
-        normed: Normed,
+        scalars_M2: Tensor | None,
+        kept: Kept,
         setting: tuple[str, Bits | None, bool, bool, Callable[[Tensor, Tensors], None] | None],
         *layers: Any,  # weights and biases in turn
     ) -> Tensor:
@@ -76,14 +75,18 @@ class _NormMLP(torch.autograd.Function):
             kernel = kernels.gated if is_gated else kernels.activated
             h_MK, *stored = kernel(*zs, function, bits)
             if seen is not None:
-                for z_MK, kept in zip(zs, stored, strict=True):
-                    seen(z_MK, kept)
+                for z_MK, its in zip(zs, stored, strict=True):
+                    seen(z_MK, its)
             del zs
             out = F.linear(h_MK, weights[-1].to(dtype), cast(biases[-1], dtype))
-        ctx.exact, ctx.setting = normed.exact and ctx.needs_input_grad[0], setting[:4]
-        own = {"g": stored[0], "u": stored[1] if is_gated else ()}
-        save_group(ctx, normed, dtype, weights, biases, exact=ctx.exact, **own)
-        return out.view(*y.shape[:-1], -1)
+        exact = scalars_M2 is not None
+        save(
+            ctx, kept=kept.tensors, g=stored[0], u=stored[1] if is_gated else (), weights=weights,
+            biases=biases if exact else (),
+        )  # fmt: skip
+        ctx.exact, ctx.setting, ctx.form, ctx.shape, ctx.dtype = exact, setting[:4], kept.form, y.shape, y.dtype
+        ctx.biases = [None if b is None else b.dtype for b in biases]
+        return shaped(out, y.shape)
 
     @backward
     def backward(ctx: Any, dout: Tensor) -> Gradients:
@@ -110,9 +113,21 @@ class _NormMLP(torch.autograd.Function):
             for dz_MO, bias_O in zip(rows, tensors["biases"], strict=False):
                 if bias_O is not None:
                     scalar_M1 = scalar_M1 - (dz_MO @ bias_O.to(dz_MO.dtype)).unsqueeze(1)
-        norm, grads = group_grads(ctx, tensors, rows, ctx.biases, scalar_M1, first=6)
+        needs, grads = ctx.needs_input_grad[4:], []
+        for i, dz_MO in enumerate(rows):
+            dw_ON = ctx.form.weight_grad(dz_MO, tensors["kept"]).to(into[i].dtype) if needs[2 * i] else None
+            db_O = dz_MO.sum(0).to(ctx.biases[i]) if needs[2 * i + 1] else None
+            grads += [dw_ON, db_O]
+        dy = dscalars_M2 = None
+        if ctx.needs_input_grad[0]:
+            dy_MN = rows[0] @ into[0].to(rows[0].dtype)
+            for dz_MO, weight_ON in zip(rows[1:], into[1:], strict=True):
+                dy_MN.addmm_(dz_MO, weight_ON.to(dz_MO.dtype))
+            dy_MN = dy_MN.to(ctx.dtype)
+            dscalars_M2 = scalars_grad(dy_MN, scalar_M1) if ctx.exact else None
+            dy = dy_MN.view(ctx.shape)
         dbias_O = dout_MO.sum(0).to(ctx.biases[-1]) if needs_down_bias else None
-        return *norm, None, None, None, *grads, ddown_OK, dbias_O
+        return dy, dscalars_M2, None, None, *grads, ddown_OK, dbias_O
 
 
 def _halves(z_MK: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:

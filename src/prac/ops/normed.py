@@ -8,17 +8,16 @@
 c, where it adds up along x̂. But c is one number per token, and it is known exactly from the outputs
 of those that read y. With it dL/dx is linear in x̃: unbiased where x̃ is, with a noise of c (x̃ − x̂).
 
-Both gradients are linear in g too, so readers need not know of each other: each adds the part of dL/dx
-that goes through it. Those that run in one operation with the norm (:mod:`prac.ops.group`,
-:mod:`prac.ops.mlp`) bring the exact c of their part; for anybody else who reads y, c comes from x̃. Where
-x̃ is all of x̂ rounded with a relative error of e, that costs a relative error of about e / √n
-in dL/dx, less than the rounding itself does, and the exact c is not needed.
+Gradients go through y as ever, so its hooks see them. Where x̃ is all of x̂ rounded with a relative error of e,
+c comes from x̃: that costs a relative error of about e / √n in dL/dx, less than the rounding itself does.
+Where x̂ is at a rank the norm has a second output, a few numbers per token that its readers take beside y: what they
+return as its gradient is their part of the exact c, which autograd adds up as it does g. They also return
+⟨dy_i, s⟩ for a fixed vector of signs s. Where the sum of those is ⟨g, s⟩, g is all theirs; where it is not (somebody
+else reads y, or a hook changed g), c comes from x̃.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from prac.estimator import Estimator, Form, Kept, Tensors
 from prac.ops import kernels
-from prac.ops.function import Gradients, apply, backward, cast, save, saved
+from prac.ops.function import Gradients, backward, cast, save, saved, shaped
 from prac.stored import Rounded, Stored
 
 
@@ -80,32 +79,21 @@ def encoded(kept: Kept) -> tuple[Tensors, Any]:
     return (kept.reconstruct(),), None
 
 
-@dataclass
-class Normed:
-    """A norm's output, for those that read it: where it came from and what is kept of it.
-
-    Lives as long as the output does; holds the norm's input, through which gradients go.
-    """
+class Normed(NamedTuple):
+    """What readers of a norm's output need to know of it; holds nothing that the norm does not keep itself."""
 
     norm: Norm
-    x: Tensor
     weight: Tensor | None
     bias: Tensor | None
-    rho_M1: Tensor
     xhat: Kept
-    # Of the layers that read y in one operation: what they computed and have not yet handed out, by id.
-    outputs: dict[int, Tensor] = field(default_factory=dict)
+    # (M, 2), the norm's second output, for readers that bring the exact c; None where c comes from x̃.
+    scalars_M2: Tensor | None
 
     def kept(self, dtype: torch.dtype) -> Kept:
         """What is kept of y itself, to be read in ``dtype``."""
         affine = tuple(t for t in (self.weight, self.bias) if t is not None)
         form = Affine(self.xhat.form, self.norm, self.weight is not None, self.bias is not None, dtype)
         return Kept((*self.xhat.tensors, *affine), form)
-
-    @property
-    def exact(self) -> bool:
-        """Whether c has to be exact: x̂ is kept at a rank, not rounded."""
-        return not isinstance(self.xhat.form, Rounded)
 
 
 def normalise(
@@ -122,27 +110,11 @@ def normalise(
         dtype: of the output.
 
     Returns:
-        y (..., n), equal to the norm's own to rounding. Its gradient goes through x̃ with
-        ``c = mean(γ g x̃)``, for readers that bring no exact one.
+        y (..., n), equal to the norm's own to rounding.
     """
-    x_MN = x.detach().reshape(-1, x.shape[-1])
-    m, n = x_MN.shape
-    wide = torch.promote_types(x.dtype, torch.float32)
-    stored = estimator if isinstance(estimator, Stored) else None
-    bits, noise = (stored.bits, stored.noise(m, n, x.device)) if stored else (None, None)
-    with torch.autocast(x.device.type, enabled=False), torch.no_grad():
-        y_MN, rho_M1, tensors = kernels.normalise(
-            x_MN, norm.scale(weight_N, wide), cast(bias_N, wide), norm.eps, norm.centered, dtype, bits, noise
-        )
-    if stored is not None:
-        xhat = stored.kept(tensors, n, wide)
-        if stored.observer is not None:
-            xhat_MN = (x_MN - x_MN.mean(-1, keepdim=True) if norm.centered else x_MN) * rho_M1
-            stored.observer(xhat_MN, xhat)
-    else:
-        xhat = estimator.keep(tensors[0], dtype)
-    y = apply(_Normed, x, weight_N, bias_N, y_MN.view(x.shape), norm, rho_M1, xhat)
-    return y, Normed(norm, x, weight_N, bias_N, rho_M1, xhat)
+    kept: list[Kept] = []
+    y, scalars_M2 = _Normed.apply(x, weight_N, bias_N, norm, estimator, dtype, kept)  # type: ignore[no-untyped-call]
+    return y, Normed(norm, weight_N, bias_N, kept[0], scalars_M2)
 
 
 class _Normed(torch.autograd.Function):
@@ -152,46 +124,74 @@ class _Normed(torch.autograd.Function):
         x: Tensor,
         weight_N: Tensor | None,
         bias_N: Tensor | None,
-        y: Tensor,
         norm: Norm,
-        rho_M1: Tensor,
-        xhat: Kept,
-    ) -> Tensor:
+        estimator: Estimator,
+        dtype: torch.dtype,
+        kept_out: list[Kept],
+    ) -> tuple[Tensor, Tensor | None]:
+        x_MN = x.reshape(-1, x.shape[-1])
+        m, n = x_MN.shape
+        wide = torch.promote_types(x.dtype, torch.float32)
+        stored = estimator if isinstance(estimator, Stored) else None
+        bits, noise = (stored.bits, stored.noise(m, n, x.device)) if stored else (None, None)
+        with torch.autocast(x.device.type, enabled=False):
+            y_MN, rho_M1, tensors = kernels.normalise(
+                x_MN, norm.scale(weight_N, wide), cast(bias_N, wide), norm.eps, norm.centered, dtype, bits, noise
+            )
+        if stored is not None:
+            xhat = stored.kept(tensors, n, wide)
+            if stored.observer is not None:
+                xhat_MN = (x_MN - x_MN.mean(-1, keepdim=True) if norm.centered else x_MN) * rho_M1
+                stored.observer(xhat_MN, xhat)
+        else:
+            xhat = estimator.keep(tensors[0], dtype)
+        kept_out.append(xhat)
         save(ctx, kept=xhat.tensors, rho=(rho_M1,), norm=(weight_N, bias_N))
         ctx.form, ctx.norm, ctx.shape, ctx.dtype = xhat.form, norm, x.shape, x.dtype
-        return y.view_as(y)
+        ctx.set_materialize_grads(False)
+        exact = not isinstance(xhat.form, Rounded) and ctx.needs_input_grad[0]
+        return shaped(y_MN, x.shape), rho_M1.new_zeros(1).expand(m, 2) if exact else None
 
     @backward
-    def backward(ctx: Any, g: Tensor) -> Gradients:
+    def backward(ctx: Any, g: Tensor | None, scalars_M2: Tensor | None = None) -> Gradients:
+        if g is None:
+            return (None,) * 7
         tensors = saved(ctx)
+        (rho_M1,), (weight_N, bias_N) = tensors["rho"], tensors["norm"]
         g_MN = g.reshape(-1, g.shape[-1])
-        grads = norm_grads(ctx, g_MN, Kept(tensors["kept"], ctx.form), tensors, None)
-        return *grads, None, None, None, None
+        dx = dw_N = db_N = None
+        stored, bits = encoded(Kept(tensors["kept"], ctx.form))
+        if ctx.needs_input_grad[0]:
+            exact = None if scalars_M2 is None else _exact(scalars_M2, g_MN, bias_N)
+            gamma_N = ctx.norm.scale(weight_N, rho_M1.dtype)
+            dx_MN = kernels.norm_input_grad(g_MN, rho_M1, stored, bits, gamma_N, exact, ctx.norm.centered, ctx.dtype)
+            dx = dx_MN.view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            dw_N = kernels.norm_weight_grad(g_MN, stored, bits).to(weight_N.dtype)
+        if ctx.needs_input_grad[2]:
+            db_N = g_MN.sum(0, dtype=rho_M1.dtype).to(bias_N.dtype)
+        return dx, dw_N, db_N, None, None, None, None
 
 
-def norm_grads(
-    ctx: Any, g_MN: Tensor, xhat: Kept, tensors: Mapping[str, Tensors], scalar_M1: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, γ and β, the first three inputs of an op, as far as they are needed.
+def scalars_grad(dy_MN: Tensor, scalar_M1: Tensor) -> Tensor:
+    """What a reader returns as the gradient of a norm's second output, (M, 2): its ⟨dz, z − b⟩, and ⟨dy, s⟩."""
+    return torch.cat([scalar_M1, (dy_MN @ _signs(dy_MN)).unsqueeze(1).to(scalar_M1.dtype)], dim=1)
 
-    Args:
-        ctx: the op's, with its ``norm``, and x's ``shape`` and ``dtype``.
-        g_MN: dL/dy.
-        xhat: what is kept of x̂.
-        tensors: the op's saved tensors; here ``rho`` and ``norm``, which is γ and β.
-        scalar_M1: Σ_i ⟨dz_i, z_i − b_i⟩ of each token, exact; None where it is not known.
-    """
-    (rho_M1,), (weight_N, bias_N) = tensors["rho"], tensors["norm"]
-    dx = dw_N = db_N = None
-    stored, bits = encoded(xhat)
-    if ctx.needs_input_grad[0]:
-        if scalar_M1 is not None and bias_N is not None:
-            scalar_M1 = scalar_M1 - (g_MN @ bias_N.to(g_MN.dtype)).unsqueeze(1)
-        gamma_N = ctx.norm.scale(weight_N, rho_M1.dtype)
-        dx = kernels.norm_input_grad(g_MN, rho_M1, stored, bits, gamma_N, scalar_M1, ctx.norm.centered, ctx.dtype)
-        dx = dx.view(ctx.shape)
-    if ctx.needs_input_grad[1]:
-        dw_N = kernels.norm_weight_grad(g_MN, stored, bits).to(weight_N.dtype)
-    if ctx.needs_input_grad[2]:
-        db_N = g_MN.sum(0, dtype=rho_M1.dtype).to(bias_N.dtype)
-    return dx, dw_N, db_N
+
+def _exact(scalars_M2: Tensor, g_MN: Tensor, bias_N: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``n c`` of each token by what its readers brought, (M, 1), and whether that is all of it."""
+    scalar_M1, theirs_M1 = scalars_M2[:, :1], scalars_M2[:, 1:]
+    if bias_N is not None:
+        scalar_M1 = scalar_M1 - (g_MN @ bias_N.to(g_MN.dtype)).unsqueeze(1)
+    # Rounding moves ⟨g, s⟩ by an eps of ‖g‖ or so; what others add shows as soon as it is a few of those.
+    tolerance = max(4 * torch.finfo(g_MN.dtype).eps, 1e-5)
+    norm_M1 = torch.linalg.vector_norm(g_MN, dim=-1, keepdim=True, dtype=scalars_M2.dtype)
+    missing_M1 = (g_MN @ _signs(g_MN)).unsqueeze(1).to(scalars_M2.dtype) - theirs_M1
+    return scalar_M1, missing_M1.abs() <= tolerance * norm_M1
+
+
+def _signs(like_MN: Tensor) -> Tensor:
+    """s (n,): ±1 without a pattern that a gradient could have."""
+    n = like_MN.shape[1]
+    turns_N = torch.arange(n, device=like_MN.device, dtype=torch.float32).square() * 0.618034
+    return torch.where(turns_N.frac() < 0.5, 1.0, -1.0).to(like_MN.dtype)

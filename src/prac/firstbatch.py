@@ -1,0 +1,115 @@
+"""Where no example was given: the first batch that the model trains on shows its structure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from prac.conversion import Conversion
+from prac.layers import Compressed
+from prac.probe import Structure, Watch, probe
+from prac.structure import Example, as_call
+from prac.tangible import hollow, is_hollow
+
+
+def structure_of(
+    model: nn.Module, names: Sequence[str], example: Example, *, is_made_up: bool = False
+) -> Structure | None:
+    """What ``example`` shows of ``model``: on a copy without numbers, or where it does not run so, on the model itself.
+
+    A made-up example is small, and runs on the model itself at once. Where the model refuses it nothing is known: None.
+
+    Raises:
+        ValueError: if the model fails on an example that is not made up.
+    """
+    args, kwargs = as_call(example)
+    if any(isinstance(p, FakeTensor) for p in model.parameters()):  # a copy without numbers already
+        return probe(model, names, args, kwargs)
+    has_numbers = not any(is_hollow(p) for p in model.parameters())
+    if not is_made_up or not has_numbers:
+        try:
+            with hollow(model, args, kwargs) as (twin, *batch):
+                return probe(twin, names, *batch)
+        except Exception as error:  # a stranger's forward, that asks for numbers, or for a kernel
+            if not has_numbers:
+                raise ValueError(_fails(model, error)) from error
+    try:
+        return probe(model, names, args, kwargs)
+    except Exception as error:
+        if is_made_up:
+            return None
+        raise ValueError(_fails(model, error)) from error
+
+
+def _fails(model: nn.Module, error: Exception) -> str:
+    return (
+        f"this {type(model).__name__} fails on the example that prac.compress was given: {type(error).__name__}: {error} "
+        "Give one that the model trains on, or none: then the first batch shows what prac has to know."
+    )
+
+
+class FirstBatch:
+    """A hook before the model's forward, until it has seen a batch to train on.
+
+    It runs the batch on a copy without numbers before the model itself does. Where that fails, it watches the model
+    instead, and the layers share what they can from the second batch on.
+    """
+
+    only_counts = True  # nobody would miss it
+
+    def __init__(self, conversion: Conversion) -> None:
+        self.conversion = conversion
+        self._seen: Structure | None = None
+
+    def attach(self, model: nn.Module) -> None:
+        """Wait for a batch."""
+        model.register_forward_pre_hook(self, with_kwargs=True)
+        self.conversion.shared.is_waiting = True
+
+    @torch.compiler.disable(reason="prac watches the first forward pass")
+    def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        if not (model.training and torch.is_grad_enabled()):
+            return
+        structure = self._seen or self._without_numbers(model, args, kwargs)
+        self.conversion.shared.is_waiting = False
+        if structure is None:
+            self._watch(model, args, kwargs)
+        else:
+            detach(model)
+            self.conversion.again(model, structure)
+
+    def _without_numbers(self, model: nn.Module, args: Any, kwargs: Any) -> Structure | None:
+        names = self.conversion.names(model)
+        try:
+            with hollow(model, args, kwargs) as (twin, *batch):
+                for layer in twin.modules():
+                    if isinstance(layer, Compressed):
+                        layer._prac.suspended = True
+                return probe(twin, names, *batch)
+        except Exception:  # a stranger's forward, that asks for numbers, or for a kernel
+            return None
+
+    def _watch(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        watch = Watch(model, self.conversion.names(model))
+        watch.__enter__()
+
+        def leave(model: nn.Module, inputs: Any, output: Any) -> None:
+            hook.remove()
+            try:
+                self._seen = watch.structure(output, args, kwargs) if output is not None else None
+            finally:
+                watch.__exit__()
+
+        hook = model.register_forward_hook(leave, always_call=True)
+
+
+def detach(model: nn.Module) -> None:
+    """Take the hook away again, if there is one. By its class: a copied model has a copy of the hook."""
+    hooks = model._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, FirstBatch)]:
+        del hooks[key]
+        model._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -1,0 +1,128 @@
+"""What ``handle.summary()`` says of each module: how it keeps what it reads, or why it was left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from prac.conversion import Conversion
+from prac.estimator import Estimator
+from prac.layers import Compressed, Source
+from prac.stored import Stored
+from prac.summary import Row, is_leaf, why_left
+
+
+def rows_of(model: nn.Module, conversion: Conversion) -> list[Row]:
+    """Every module with parameters of its own or of a known kind."""
+    return _Rows(model).all(conversion.notes)
+
+
+def maker_of(layers: Mapping[str, Compressed], name: str) -> str:
+    """The name of the layer that keeps what ``name`` reads, itself or another; "" where torch's attention does."""
+    record = layers[name]._prac
+    if record.source is None:
+        return name
+    if record.source.is_there_anyway:
+        while name:
+            name = name.rpartition(".")[0]
+            if name in layers and layers[name].kind == "attention":
+                return name
+        return ""
+    # By the name that it had, in the copy of the block that is nearest.
+    made = [other for other, layer in layers.items() if layer._prac.name == record.source.name]
+    return max(made, key=lambda other: _shared_length(other, name), default="")
+
+
+def _shared_length(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+class _Rows:
+    """The rows of one model, made in order, since what is shared counts for the first that has it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.layers = {name: m for name, m in model.named_modules() if isinstance(m, Compressed)}
+        self.described: dict[Estimator | Source, str] = {}  # who first keeps it
+
+    def all(self, notes: Mapping[nn.Module, str]) -> list[Row]:
+        rows = []
+        for name, module in self.model.named_modules():
+            if isinstance(module, Compressed):
+                rows.append(self.compressed(name, module))
+            elif notes.get(module) or is_leaf(module):
+                note = notes.get(module) or why_left(module)
+                rows.append(Row(name, type(module).__name__, "-", "", None, None, note))
+        return rows
+
+    def compressed(self, name: str, layer: Compressed) -> Row:
+        record = layer._prac
+        weight = getattr(layer, "weight", None)
+        dtype = weight.dtype if weight is not None else next(self.model.parameters()).dtype
+        row: dict[str, Any] = {"name": name, "module": record.original.__name__, "what": layer.kind}
+        replaced = "its forward was replaced after compress" if "forward" in vars(layer) else layer.differs()
+        if replaced or (record.departs and not _keeps_own(layer)):
+            note = f"{replaced}: it keeps its input in full" if replaced else record.departs
+            return Row(**row, rank="", before=None, after=None, note=note)
+        if layer.kind == "linear" and weight is not None and not weight.requires_grad:
+            reads = record.source is not None and not record.source.is_there_anyway and "y" in layer.estimators
+            if not reads:
+                return Row(**row, rank="", before=0, after=0, note="frozen weight: nothing is kept")
+        if record.source is not None and not record.departs:
+            return self.reader(row, layer, dtype)
+        estimators = [e for tensor, e in layer.estimators.items() if tensor != "y"]
+        if any(e.width is None for e in estimators):
+            return Row(**row, rank="as its input", before=None, after=None, note="width known after the first step")
+        label = " / ".join(dict.fromkeys(e.label() for e in estimators))
+        if estimators[0] in self.described:
+            other = _short(self.described[estimators[0]], name)
+            return Row(**row, rank=label, before=0, after=0, note=f"shares the Z of {other}")
+        self.described.update(dict.fromkeys(estimators, name))
+        statistics = layer.statistics * torch.promote_types(dtype, torch.float32).itemsize
+        before = sum((e.width or 0) * dtype.itemsize for e in estimators) + statistics
+        after = sum(e.bytes_per_token(dtype.itemsize) for e in estimators) + statistics
+        return Row(**row, rank=label, before=before, after=after, note=record.departs)
+
+    def reader(self, row: dict[str, Any], layer: Compressed, dtype: torch.dtype) -> Row:
+        """A layer that has its input from what others keep."""
+        name, source = row["name"], layer._prac.source
+        assert source is not None
+        maker_name = maker_of(self.layers, name)
+        maker = self.layers.get(maker_name)
+        if source.is_there_anyway:
+            if maker is None or maker._prac.departs:
+                return Row(**row, rank="in full", before=0, after=0, note=f"{source.what} keeps it anyway")
+            note = f"from the output of {maker_name.rpartition('.')[2]}"
+            return Row(**row, rank=maker.estimators["out"].label(), before=0, after=0, note=note)
+        if maker is None:
+            return Row(**row, rank="", before=None, after=None, note=f"the {source.name} that it read from is gone")
+        # The tensor itself was kept once, by the first that reads it.
+        first = source not in self.described
+        self.described[source] = name
+        width = (
+            layer.estimators["x"].width or getattr(layer, "in_features", 0) or layer.get_parameter("weight").shape[0]
+        )
+        outputs, after = layer.estimators.get("y"), 0
+        if isinstance(outputs, Stored) and outputs.bits is not None:
+            outputs.width = layer.get_parameter("weight").numel() // width
+            after = outputs.bytes_per_token(dtype.itemsize)
+        # A module is called by its own name where it is the parent, as an MLP is of its down projection.
+        short = maker_name.rpartition(".")[2] if name.startswith(f"{maker_name}.") else _short(maker_name, name)
+        label = next(iter(maker.estimators.values())).label()
+        before = width * dtype.itemsize if first else 0
+        return Row(**row, rank=label, before=before, after=after, note=f"from {source.what} of {short}")
+
+
+def _keeps_own(layer: Compressed) -> bool:
+    """Whether a layer whose last call was not as planned kept its input compressed all the same."""
+    return layer._prac.source is not None and layer.kind == "linear"
+
+
+def _short(name: str, neighbour: str) -> str:
+    """A module's name, seen from a neighbour in the same block."""
+    ours, theirs = name.split("."), neighbour.split(".")
+    same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
+    return ".".join(ours[same:])
