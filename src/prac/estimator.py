@@ -91,7 +91,7 @@ class Estimator:
         long as both it and its input are alive (Section 5.1, "Subspace Sharing").
         """
         dtype = dtype or x.dtype
-        key = (x._version, self.clock.step, dtype)
+        key = (x._version, self.clock.now(), dtype)
         kept = self._recall(x, key)
         if kept is None:
             with torch.autocast(x.device.type, enabled=False):
@@ -129,7 +129,8 @@ class Estimator:
     def next_generator(self, device: torch.device) -> torch.Generator:
         """A generator for the next draw of this step."""
         step, count = self.draws
-        self.draws = (self.clock.step, count + 1 if step == self.clock.step else 0)
+        now = self.clock.now()
+        self.draws = (now, count + 1 if step == now else 0)
         return self.generator(self.draws, device)
 
     def _recall(self, x: Tensor, key: tuple[Any, ...]) -> Kept | None:
