@@ -166,3 +166,32 @@ def test_estimator_on_odd_shapes(shape: tuple[int, ...]) -> None:
 def test_bad_settings(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="must be"):
         Bits(**wrong)
+
+
+@every_width
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_default_dtype_and_device_of_the_process_change_nothing(bits: int, default: torch.dtype) -> None:
+    """In bfloat16 a uniform number has 256 values, and rounding with it would be biased."""
+    form, x, before = Bits(bits), values(7, 37, dtype=torch.float32), torch.get_default_dtype()
+    expected = store(x, form, noise(7, 37, form, seed=0))
+    torch.set_default_dtype(default)
+    torch.set_default_device("meta")
+    try:
+        found = store(x, form, noise(7, 37, form, seed=0))
+        loaded = load(found[0], found[1:], form, 37, x.dtype)
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert loaded.dtype == torch.float32
+    assert torch.equal(loaded, again(x, form, seed=0))
+
+
+@every_width
+@pytest.mark.parametrize("n", [3, 57, 64])
+def test_no_rows_at_all(bits: int, n: int) -> None:
+    form = Bits(bits)
+    for dither_MN in (None, noise(0, n, form, seed=0)):
+        codes, *scales = store(torch.empty(0, n), form, dither_MN)
+        assert sum(t.numel() for t in (codes, *scales)) == 0
+        assert load(codes, tuple(scales), form, n, torch.float32).shape == (0, n)

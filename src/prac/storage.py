@@ -74,7 +74,7 @@ def dither(m: int, n: int, bits: Bits, device: torch.device, generator: torch.Ge
     independent draws would give, for a thousandth of the random numbers.
     """
     _, width = layout(n, bits)
-    u = torch.rand(m + width, generator=generator, device=device)
+    u = torch.rand(m + width, generator=generator, device=device, dtype=torch.float32)
     return u[:m, None], u[m:]
 
 
@@ -118,9 +118,9 @@ def load(codes_MB: Tensor, scales: Tensors, bits: Bits | None, n: int, dtype: to
     m, (group, width) = codes_MB.shape[0], layout(n, bits)
     work = torch.promote_types(dtype, torch.float32)
     codes_MN = _unpack(codes_MB, bits.bits) if width == n else _unpack_slowly(codes_MB, bits.bits)
-    codes_MGS = codes_MN.reshape(m, -1, group).to(work)
+    codes_MGS = codes_MN.reshape(m, width // group, group).to(work)
     x_MGS = codes_MGS * step_MG.to(work).unsqueeze(-1) + low_MG.to(work).unsqueeze(-1)
-    return x_MGS.reshape(m, -1)[:, :n].to(dtype)
+    return x_MGS.reshape(m, width)[:, :n].to(dtype)
 
 
 def _bfloat16(x: Tensor) -> Tensor:

@@ -119,15 +119,17 @@ class Subspace(Estimator):
         """Lines 2 to 14 of Algorithm 1: refresh what is due at the clock's step t.
 
         "t mod T = 0" is read as "a multiple of T has been reached since the last update",
-        so that a layer which was not run at that very step, or met a bad batch there,
-        catches up at its next chance.
+        so that a layer which was not run at that very step, or met a bad batch or none at all
+        there (an expert without tokens), catches up at its next chance.
 
         Raises:
             ValueError: if there is no basis yet and none can be made from this batch. With a
                 basis at hand a bad batch is skipped: the old one stays, with one warning.
         """
         self._fit(x_MN.shape[1])
-        t = self.clock.step
+        if x_MN.shape[0] == 0:
+            return
+        t = self.clock.now()
         due_q1 = self.p_NR is None or t >= self._next(self._q1_step, self.T1)
         due_q2 = due_q1 or t >= self._next(self._q2_step, self.T2)
         if not due_q2:
@@ -209,12 +211,18 @@ class Subspace(Estimator):
         """Z = X P (line 16 of Algorithm 1), for (M, n), in ``dtype`` and then in the rank's bits."""
         if self.observer is None or self.p_NR is None:
             self.update(x_MN)
-        assert self.p_NR is not None
-        if self.p_NR.dtype != dtype or self.p_NR.device != x_MN.device:
-            self.p_NR = self.p_NR.to(device=x_MN.device, dtype=dtype)
-        tensors, z = self.storage.compress(x_MN.to(dtype) @ self.p_NR, dtype)
+        p_NR = self._basis(x_MN.device, dtype)
+        tensors, z = self.storage.compress(x_MN.to(dtype) @ p_NR, dtype)
         assert isinstance(z, Rounded)
-        return Kept(tensors, Projected(self.p_NR, z, self.factored))
+        return Kept(tensors, Projected(p_NR, z, self.factored))
+
+    def _basis(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        if self.p_NR is None:  # no token yet to make one of; and none to keep, for which any will do
+            assert self.width is not None
+            return torch.zeros(self.width, self.r1 + self.r2, device=device, dtype=dtype)
+        if self.p_NR.dtype != dtype or self.p_NR.device != device:
+            self.p_NR = self.p_NR.to(device=device, dtype=dtype)
+        return self.p_NR
 
     def label(self) -> str:
         """``r1+r2 of n``, and the bits of Z."""
