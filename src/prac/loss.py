@@ -9,14 +9,20 @@ the plain way, to rounding.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any, NoReturn
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from prac.deferred import Deferred
+from prac.layers import Compressed
 from prac.ops import linear_cross_entropy
 from prac.probe import example_for
 from prac.tangible import hollow
@@ -24,31 +30,58 @@ from prac.tangible import hollow
 HELP = "leave the loss as it is (loss=None, or --loss plain)"
 
 
-class ChangedLogits(AttributeError, ValueError):
-    """Somebody asked for what logits have and their stand-in has not; an AttributeError, so that hasattr says no."""
+class NotChunked(ValueError):
+    """A loss that should have been chunked cannot be."""
 
 
-class Deferred:
-    """What the output head returns in place of logits, for the loss that follows."""
+class _Call:
+    """A call of a model that is under way: the head whose logits are put off, if any, and whether a loss took them."""
 
-    def __init__(self, hidden: Tensor, head: nn.Linear) -> None:
-        self.hidden, self.weight, self.bias = hidden, head.weight, head.bias
+    def __init__(self) -> None:
+        self.head: nn.Module | None = None
+        self.taken = False
 
-    def _refuse(self, *_: Any) -> NoReturn:
-        raise ChangedLogits(
-            "the chunked loss needs a model that hands its logits to the loss as they are; this one changes them "
-            f"first (soft-capping, scaling) or has a loss of its own: {HELP}."
-        )
 
-    def __getattr__(self, name: str) -> NoReturn:
-        self._refuse()
+class _Calls(threading.local):
+    """Those of this thread, the innermost last."""
 
-    __add__ = __sub__ = __mul__ = __truediv__ = __getitem__ = __neg__ = __pow__ = __matmul__ = _refuse
-    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __iter__ = __len__ = _refuse
+    def __init__(self) -> None:
+        self.stack: list[_Call] = []
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        cls._refuse(next(a for a in args if isinstance(a, cls)))
+
+_calls = _Calls()
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _outside_graphs(function: Function) -> Function:
+    hidden: Function = torch.compiler.disable(function, reason="prac takes the loss from the head outside of graphs")
+    return hidden
+
+
+class _Head:
+    """The ``forward`` of one output head, which puts its logits off where the call that is under way wants that.
+
+    It refers to the head weakly, so that neither keeps the other alive; a copy of the head has its own.
+    """
+
+    def __init__(self, head: nn.Linear, always: bool) -> None:
+        self.of, self._always = weakref.ref(head), always
+
+    def __call__(self, hidden: Tensor) -> Any:
+        head = self.of()
+        assert head is not None
+        if self._always or head.training:
+            return self._perhaps(head, hidden)
+        return type(head).forward(head, hidden)
+
+    @staticmethod
+    @_outside_graphs
+    def _perhaps(head: nn.Linear, hidden: Tensor) -> Any:
+        wanted = _calls.stack and _calls.stack[-1].head is head
+        return Deferred(hidden, head) if wanted else type(head).forward(head, hidden)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Head, (self.of(), self._always)
 
 
 class ChunkedLoss:
@@ -57,69 +90,118 @@ class ChunkedLoss:
     In training, when the model is called with ``labels``, its output then has a loss and no logits (None). In eval
     mode, without labels, or under ``no_grad`` nothing changes, unless asked for.
 
+    What is true at the call counts. Where the head or the loss has been replaced since by one that this cannot take the
+    place of (adapters on the head, quantisation, another ``loss_function``), or somebody changes the logits on their
+    way, the model trains as it would without this, with its logits; one warning says why.
+
     Args:
         model: one of transformers, or a wrapper of one (PEFT).
         label_smoothing: as for ``F.cross_entropy``; in training alone.
         always: also in eval mode and under ``no_grad``, for evaluations that want the loss alone.
+        strict: raise :class:`ValueError` in place of that warning.
 
     Raises:
-        ValueError: if it has no output head, its loss is not the one for causal language models, or it changes its
-            logits before that.
+        ValueError: if it has no output head, its loss is not the one for causal language models, it changes its
+            logits before that, or it has the chunked loss already. The model is then unchanged.
     """
 
-    def __init__(self, model: nn.Module, label_smoothing: float = 0.0, *, always: bool = False) -> None:
-        self.label_smoothing, self.always = label_smoothing, always
-        self.model = _with_head(model)
-        self.head: nn.Linear = self.model.get_output_embeddings()  # type: ignore[operator]
-        self._deferring = False
-        self._had = vars(self.model).get("_loss_function")
-        self.model.loss_function = self._loss  # type: ignore[assignment]
-        self._hooks = [
-            self.model.register_forward_pre_hook(self._enter, with_kwargs=True),
-            self.model.register_forward_hook(self._leave, always_call=True),
-        ]
-        self.head.forward = self._head
-        try:
-            self._try()
-        except Exception:
-            self.remove()
-            raise
+    def __init__(
+        self, model: nn.Module, label_smoothing: float = 0.0, *, always: bool = False, strict: bool = False
+    ) -> None:
+        self.label_smoothing, self.always, self.strict = label_smoothing, always, strict
+        caller, head = _with_head(model)
+        if not isinstance(head.weight, FakeTensor):
+            _try(caller)
+        self._install(caller, head)
 
-    def _try(self) -> None:
-        """Find out now, on a copy without numbers, whether the logits reach the loss as they are."""
-        example = example_for(self.model)
-        if isinstance(example, Mapping) and not isinstance(self.head.weight, FakeTensor):
-            labels = example.get("decoder_input_ids", example["input_ids"])
-            with hollow(self.model, dict(example) | {"labels": labels}) as (model, batch):
-                model.train()(**batch)
+    def _install(self, model: nn.Module, head: nn.Linear) -> None:
+        # Weakly: the model holds this object by its hooks, and a cycle would keep it alive until it is collected.
+        self._model, self._head = weakref.ref(model), weakref.ref(head)
+        self._warned: set[str] = set()
+        self._had = {name: value for name, value in vars(model).items() if name == "_loss_function"}
+        model.loss_function = self._loss  # type: ignore[assignment]
+        self._hooks = [
+            model.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
+            model.register_forward_hook(self._leave, always_call=True),
+        ]
+        self._put_off(head)
+
+    def _put_off(self, head: nn.Linear) -> None:
+        head.forward = _Head(head, self.always)  # type: ignore[method-assign, assignment]
 
     def remove(self) -> None:
-        """Make the model as it was."""
+        """Make the model as it was. What somebody has put in the place of the loss or the head since stays."""
         for hook in self._hooks:
             hook.remove()
-        del self.head.forward
-        if self._had is None:
-            del self.model._loss_function
-        else:
-            self.model.loss_function = self._had
+        self._release()
+        model = self._model()
+        if model is not None and vars(model).get("_loss_function") == self._loss:
+            del model._loss_function
+            vars(model).update(self._had)
+
+    def _release(self) -> None:
+        head = self._head()
+        if head is not None and isinstance(vars(head).get("forward"), _Head):
+            del head.forward
+
+    # --- a call of the model -----------------------------------------------------------
 
     def _enter(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self.always or model.training:
+            self._begin(model, args, kwargs)
+
+    def _leave(self, model: nn.Module, args: Any, output: Any) -> Any:
+        return self._end(model, output) if self.always or model.training else output
+
+    @_outside_graphs
+    def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        call = _Call()
+        _calls.stack.append(call)
         labels = kwargs.get("labels")
         if labels is None and args:
             labels = inspect.signature(type(model).forward).bind_partial(model, *args).arguments.get("labels")
-        self._deferring = labels is not None and (self.always or (model.training and torch.is_grad_enabled()))
+        if labels is not None and (self.always or torch.is_grad_enabled()):
+            call.head = self._head_of(model)
 
-    def _leave(self, model: nn.Module, args: Any, output: Any) -> Any:
-        self._deferring = False
-        if isinstance(output, tuple):
-            return tuple(None if isinstance(part, Deferred) else part for part in output)
-        if isinstance(getattr(output, "logits", None), Deferred):
-            return type(output)(**{name: part for name, part in output.items() if name != "logits"})
-        return output
+    def _head_of(self, model: nn.Module) -> nn.Module | None:
+        """The output head as it is now, ready to put its logits off; None where the loss is not to be chunked."""
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        reason = _why_not(head)
+        if getattr(model, "loss_function", None) != self._loss:
+            reason = "its loss was replaced"
+        # A replica of DataParallel has heads of its own for one call; otherwise the head was replaced.
+        if self._head() is not head and model is self._model():
+            self._release()
+        if reason:
+            self._say(model, reason)
+            return None
+        forward = vars(head).get("forward")
+        if not isinstance(forward, _Head) or forward.of() is not head:
+            self._put_off(head)
+            if model is self._model():
+                self._head = weakref.ref(head)
+        return head
 
-    def _head(self, hidden: Tensor) -> Any:
-        return Deferred(hidden, self.head) if self._deferring else nn.Linear.forward(self.head, hidden)
+    @_outside_graphs
+    def _end(self, model: nn.Module, output: Any) -> Any:
+        call = _calls.stack.pop() if _calls.stack else _Call()
+        if call.head is None:
+            return output
+        if not call.taken and output is not None:  # None where forward raised
+            self._say(model, "it changes its logits before the loss (soft-capping, scaling) or has a loss of its own")
+        return _settled(output, call.taken)
 
+    def _say(self, model: nn.Module, reason: str) -> None:
+        message = f"the chunked loss is not for this {type(model).__name__}: {reason}"
+        if self.strict:
+            raise NotChunked(f"{message}: {HELP}.")
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(f"{message}. It trains with its logits.", stacklevel=2)
+
+    # --- the loss ----------------------------------------------------------------------
+
+    @_outside_graphs
     def _loss(
         self,
         logits: Any,
@@ -133,52 +215,100 @@ class ChunkedLoss:
         """``ForCausalLMLoss`` of transformers, of what the head left."""
         if shift_labels is None:  # tokens before n predict n
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        target_M = shift_labels.reshape(-1)
-        reduction = "mean" if num_items_in_batch is None else "sum"
-        if isinstance(logits, Deferred):
-            loss = self._chunked(logits, target_M.to(logits.hidden.device), ignore_index, reduction)
+        target_M = shift_labels.reshape(-1).to(logits.device)
+        model = self._model()
+        how: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "reduction": "mean" if num_items_in_batch is None else "sum",
+            "label_smoothing": self.label_smoothing if model is not None and model.training else 0.0,
+        }
+        if isinstance(logits, Deferred) and not logits.touched:
+            _calls.stack[-1].taken = True
+            hidden, weight_VN, bias_V = logits.factors()
+            loss = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), weight_VN, target_M, bias_V, **how)
         else:
-            loss = F.cross_entropy(
-                logits.float().reshape(-1, vocab_size), target_M.to(logits.device), ignore_index=ignore_index,
-                reduction=reduction, label_smoothing=self.label_smoothing if self.model.training else 0.0,
-            )  # fmt: skip
+            logits = logits.logits() if isinstance(logits, Deferred) else logits
+            loss = F.cross_entropy(logits.float().reshape(-1, vocab_size), target_M, **how)
         if num_items_in_batch is not None:
             count = num_items_in_batch
             loss = loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
         return loss
 
-    def _chunked(self, deferred: Deferred, target_M: Tensor, ignore_index: int, reduction: str) -> Tensor:
-        return linear_cross_entropy(
-            deferred.hidden.reshape(-1, deferred.hidden.shape[-1]),
-            deferred.weight,
-            target_M,
-            deferred.bias,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=self.label_smoothing if self.model.training else 0.0,
-        )
+    # --- copies ------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_model": self._model(), "_head": self._head()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._model, self._head = weakref.ref(state["_model"]), weakref.ref(state["_head"])
 
 
-def _with_head(model: nn.Module) -> nn.Module:
-    """The module inside of ``model``, or itself, that has the output head and calls the loss."""
+def _settled(output: Any, taken: bool) -> Any:
+    """The output without what stands for logits: they are left out where a loss has taken them, or made."""
+
+    def settle(part: Any) -> Any:
+        return part if not isinstance(part, Deferred) else None if taken else part.logits()
+
+    if isinstance(output, tuple):
+        return tuple(map(settle, output))
+    if isinstance(output, Mapping) and any(isinstance(part, Deferred) for part in output.values()):
+        parts = {name: settle(part) for name, part in output.items()}
+        return type(output)(**{name: part for name, part in parts.items() if part is not None})
+    return settle(output)
+
+
+def _why_not(head: Any) -> str:
+    """Why the logits of this head cannot be put off; ``""`` if they can."""
+    if not isinstance(head, nn.Linear):
+        return f"its output head is a {type(head).__name__}, not a linear layer"
+    is_plain = isinstance(head, Compressed) or type(head).forward is nn.Linear.forward
+    if not is_plain or not isinstance(vars(head).get("forward"), _Head | None):
+        return f"its output head, a {type(head).__name__}, has a forward of its own"
+    if head._backward_hooks or head._backward_pre_hooks:
+        return "somebody has hooked on to the gradients of its output head"
+    if is_traceable_wrapper_subclass(head.weight) and not hasattr(type(head), "unshard"):
+        return f"the weight of its output head is a {type(head.weight).__name__}"
+    return ""
+
+
+def _with_head(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
+    """The module inside of ``model``, or itself, that has the output head and calls the loss; and that head."""
     for module in model.modules():
         # Of the class, since wrappers pass on the attributes of what they wrap.
         if not hasattr(type(module), "loss_function") or not hasattr(type(module), "get_output_embeddings"):
             continue
         head = module.get_output_embeddings()  # type: ignore[operator]
         if isinstance(head, nn.Linear):
-            if type(head).forward is not nn.Linear.forward or "forward" in vars(head):
-                raise ValueError(
-                    f"the chunked loss needs a plain linear output head, not a {type(head).__name__}: {HELP}."
-                )
-            name = getattr(module.loss_function, "__name__", "")
+            loss = module.loss_function
+            if isinstance(getattr(loss, "__self__", None), ChunkedLoss):
+                raise NotChunked(f"this {type(module).__name__} has the chunked loss already.")
+            if reason := _why_not(head):
+                raise NotChunked(f"the chunked loss needs a plain linear output head; {reason}: {HELP}.")
+            name = getattr(loss, "__name__", "")
             if name != "ForCausalLMLoss":
-                raise ValueError(
+                raise NotChunked(
                     f"the chunked loss is for causal language models; the loss of this {type(module).__name__} is "
-                    f"{name or module.loss_function}: {HELP}."
+                    f"{name or loss}: {HELP}."
                 )
-            return module
-    raise ValueError(
+            return module, head
+    raise NotChunked(
         f"this {type(model).__name__} has no output head whose loss could be chunked; "
         f"it takes a causal language model of transformers: {HELP}."
     )
+
+
+def _try(model: nn.Module) -> None:
+    """Find out now, on a copy without numbers, whether the logits reach the loss as they are."""
+    example = example_for(model)
+    if not isinstance(example, Mapping):
+        return
+    labels = example.get("decoder_input_ids", example.get("input_ids"))
+    try:
+        with hollow(model, dict(example) | {"labels": labels}) as (twin, batch):
+            ChunkedLoss(twin, strict=True)
+            twin.train()(**batch)
+    except NotChunked:
+        raise
+    except Exception:  # a made-up input says nothing of a model that will not run on it; the first real one will
+        return
