@@ -13,8 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._pytree import tree_map_only
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 def is_hollow(tensor: Tensor) -> bool:
@@ -50,21 +57,68 @@ def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return piece.repeat(-(-count // max(1, len(piece))))[:count].view(shape)
 
 
+class NeedsNumbers(ValueError):
+    """What a model computes depends on the numbers in its tensors, and here there are none."""
+
+
 @contextmanager
 def hollow(model: nn.Module, *inputs: Any) -> Iterator[tuple[Any, ...]]:
     """Copies of ``model`` and ``inputs`` that hold no numbers, to be run inside the block; nothing is allocated.
 
-    They believe to be on the CPU, where every operation has a fake; the meta device lacks attention.
+    They believe to be on the CPU, where every operation has a fake; the meta device lacks attention. Autograd is on,
+    also under ``no_grad`` and in inference mode.
+
+    Raises:
+        NeedsNumbers: if the block runs into an operation whose result is a number or whose shape depends on one.
     """
 
     def fake(tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
 
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"), _no_packed_sequences():
-        memo: dict[int, Any] = {id(buffer): fake(buffer) for buffer in model.buffers()}
+    with (
+        torch.inference_mode(False),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        _GroupedProducts(),
+        torch.device("cpu"),
+        _no_packed_sequences(),
+    ):
+        # Also what a forward pass left on its modules: deepcopy refuses tensors that have a graph.
+        left = [t for module in model.modules() for t in tree_leaves(list(vars(module).values()))]
+        memo: dict[int, Any] = {id(t): fake(t) for t in left if isinstance(t, Tensor)}
         for p in model.parameters():
             memo[id(p)] = nn.Parameter(fake(p), requires_grad=p.requires_grad)
-        yield copy.deepcopy(model, memo), *(tree_map_only(Tensor, fake, each) for each in inputs)
+        try:
+            yield copy.deepcopy(model, memo), *(tree_map_only(Tensor, fake, each) for each in inputs)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            experts = " For its experts, model.set_experts_implementation('grouped_mm') does without."
+            raise NeedsNumbers(
+                f"what this {type(model).__name__} computes depends on the numbers in its tensors ({error.func}), so a "
+                "step cannot be followed without them. Run a real one: prac.measure(model, batch)."
+                f"{experts if hasattr(model, 'set_experts_implementation') else ''}"
+            ) from error
+
+
+class _GroupedProducts(TorchDispatchMode):
+    """Lets products with a matrix for each group of rows (experts) be followed in every dtype.
+
+    Kernels take float32 too; torch's fake of the operation takes bfloat16 alone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten._grouped_mm.default or args[0].dtype == torch.bfloat16:
+            return func(*args, **(kwargs or {}))
+        return _grouped_mm(*args, **(kwargs or {}))
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    """The result of that operation without its numbers: of groups of rows, of columns, or of whole matrices."""
+    groups: tuple[int, ...] = ()
+    if a.dim() == b.dim():
+        groups = a.shape[:-2] if offs is None else tuple(offs.shape)
+    return a.new_empty(*groups, a.shape[-2], b.shape[-1])
 
 
 @contextmanager

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -15,12 +16,12 @@ from torch.utils._pytree import tree_map_only
 
 from prac.config import Config
 from prac.convert import compress
-from prac.loss import ChunkedLoss
+from prac.loss import ChunkedLoss, NotChunked
 from prac.memory.breakdown import Breakdown, size
 from prac.memory.measure import measure
 from prac.memory.predict import OptimizerFactory, adamw, predict
 from prac.presets import PRESETS
-from prac.structure import Example, in_mode
+from prac.structure import Example, in_mode, tensors_in
 
 
 class Rung(NamedTuple):
@@ -111,7 +112,7 @@ def fit(
     how: dict[str, Any] = {"optimizer": optimizer, "autocast": autocast, "loss": loss}
     check = next(model.parameters()).is_cuda if check is None else check
     rejected: dict[str, int] = {}
-    last, chunks = LADDER[0], _chunks(model)
+    last, chunks = LADDER[0], _chunks(model, batch, **how)
     for rung in LADDER:
         if rung.config is None and rung.chunked_loss and not chunks:
             continue
@@ -215,15 +216,22 @@ def parse_budget(budget: int | str) -> int:
 
 
 def _rows(batch: Example) -> int:
-    """Samples in a batch: the first dimension of its first tensor."""
-    parts = [batch] if isinstance(batch, Tensor) else list(batch.values() if isinstance(batch, Mapping) else batch)
-    return next(len(part) for part in parts if isinstance(part, Tensor) and part.dim())
+    """Samples in a batch: the first dimension of most of its tensors (patches and positions have others).
+
+    Raises:
+        ValueError: if it has no tensor with a dimension.
+    """
+    first = Counter(len(tensor) for tensor in tensors_in(batch) if tensor.dim())
+    if not first:
+        raise ValueError(f"this batch, a {type(batch).__name__}, has no tensor whose rows could be counted.")
+    return first.most_common(1)[0][0]
 
 
-def _chunks(model: nn.Module) -> bool:
-    """Whether its loss can be chunked."""
+def _chunks(model: nn.Module, batch: Example, **how: Any) -> bool:
+    """Whether its loss can be chunked, on this batch too."""
     try:
         ChunkedLoss(model).remove()
-    except ValueError:
+        predict(model, batch, chunked_loss=True, **how)
+    except NotChunked:
         return False
     return True

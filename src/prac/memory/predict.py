@@ -67,7 +67,8 @@ def predict(
         loss: the scalar to differentiate, of the model's output; by default its ``loss``, or itself.
 
     Raises:
-        ValueError: if the model is compressed already, its output has no loss, or its loss cannot be chunked.
+        ValueError: if the model is compressed already, its output has no loss, its loss cannot be chunked, or what it
+            computes depends on the numbers in the batch.
 
     >>> with torch.device("meta"):
     ...     model = LlamaForCausalLM(config)
@@ -78,7 +79,7 @@ def predict(
         raise ValueError("predict takes the model before compress, and the config; call handle.restore() first.")
     with hollow(model, batch) as (model, batch):
         if chunked_loss:
-            ChunkedLoss(model)
+            ChunkedLoss(model, strict=True)
         if config is not None:
             compress(model, config, include=include, exclude=exclude, example=batch)
         model.train()
