@@ -6,7 +6,7 @@ another loss) gets the logits, made at that moment.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -83,3 +83,17 @@ _OPERATORS = """
 """
 for _name in _OPERATORS.split():
     setattr(Deferred, f"__{_name}__", _forwarded(f"__{_name}__"))
+
+
+def settled(output: Any, taken: bool) -> Any:
+    """The output without what stands for logits: they are left out where a loss has taken them, or made."""
+
+    def settle(part: Any) -> Any:
+        return part if not isinstance(part, Deferred) else None if taken else part.logits()
+
+    if isinstance(output, tuple):
+        return tuple(map(settle, output))
+    if isinstance(output, Mapping) and any(isinstance(part, Deferred) for part in output.values()):
+        parts = {name: settle(part) for name, part in output.items()}
+        return type(output)(**{name: part for name, part in parts.items() if part is not None})
+    return settle(output)

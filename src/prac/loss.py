@@ -9,20 +9,18 @@ the plain way, to rounding.
 from __future__ import annotations
 
 import inspect
-import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from prac.deferred import Deferred
-from prac.layers import Compressed
+from prac.deferred import Deferred, settled
+from prac.head import Call, PuttingOff, calls, outside_graphs, why_not
 from prac.ops import linear_cross_entropy
 from prac.probe import example_for
 from prac.tangible import hollow
@@ -32,56 +30,6 @@ HELP = "leave the loss as it is (loss=None, or --loss plain)"
 
 class NotChunked(ValueError):
     """A loss that should have been chunked cannot be."""
-
-
-class _Call:
-    """A call of a model that is under way: the head whose logits are put off, if any, and whether a loss took them."""
-
-    def __init__(self) -> None:
-        self.head: nn.Module | None = None
-        self.taken = False
-
-
-class _Calls(threading.local):
-    """Those of this thread, the innermost last."""
-
-    def __init__(self) -> None:
-        self.stack: list[_Call] = []
-
-
-_calls = _Calls()
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def _outside_graphs(function: Function) -> Function:
-    hidden: Function = torch.compiler.disable(function, reason="prac takes the loss from the head outside of graphs")
-    return hidden
-
-
-class _Head:
-    """The ``forward`` of one output head, which puts its logits off where the call that is under way wants that.
-
-    It refers to the head weakly, so that neither keeps the other alive; a copy of the head has its own.
-    """
-
-    def __init__(self, head: nn.Linear, always: bool) -> None:
-        self.of, self._always = weakref.ref(head), always
-
-    def __call__(self, hidden: Tensor) -> Any:
-        head = self.of()
-        assert head is not None
-        if self._always or head.training:
-            return self._perhaps(head, hidden)
-        return type(head).forward(head, hidden)
-
-    @staticmethod
-    @_outside_graphs
-    def _perhaps(head: nn.Linear, hidden: Tensor) -> Any:
-        wanted = _calls.stack and _calls.stack[-1].head is head
-        return Deferred(hidden, head) if wanted else type(head).forward(head, hidden)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Head, (self.of(), self._always)
 
 
 class ChunkedLoss:
@@ -127,7 +75,7 @@ class ChunkedLoss:
         self._put_off(head)
 
     def _put_off(self, head: nn.Linear) -> None:
-        head.forward = _Head(head, self.always)  # type: ignore[method-assign, assignment]
+        head.forward = PuttingOff(head, self.always)  # type: ignore[method-assign, assignment]
 
     def remove(self) -> None:
         """Make the model as it was. What somebody has put in the place of the loss or the head since stays."""
@@ -141,7 +89,7 @@ class ChunkedLoss:
 
     def _release(self) -> None:
         head = self._head()
-        if head is not None and isinstance(vars(head).get("forward"), _Head):
+        if head is not None and isinstance(vars(head).get("forward"), PuttingOff):
             del head.forward
 
     # --- a call of the model -----------------------------------------------------------
@@ -153,10 +101,10 @@ class ChunkedLoss:
     def _leave(self, model: nn.Module, args: Any, output: Any) -> Any:
         return self._end(model, output) if self.always or model.training else output
 
-    @_outside_graphs
+    @outside_graphs
     def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        call = _Call()
-        _calls.stack.append(call)
+        call = Call()
+        calls.stack.append(call)
         labels = kwargs.get("labels")
         if labels is None and args:
             labels = inspect.signature(type(model).forward).bind_partial(model, *args).arguments.get("labels")
@@ -166,7 +114,7 @@ class ChunkedLoss:
     def _head_of(self, model: nn.Module) -> nn.Module | None:
         """The output head as it is now, ready to put its logits off; None where the loss is not to be chunked."""
         head = model.get_output_embeddings()  # type: ignore[operator]
-        reason = _why_not(head)
+        reason = why_not(head)
         if getattr(model, "loss_function", None) != self._loss:
             reason = "its loss was replaced"
         # A replica of DataParallel has heads of its own for one call; otherwise the head was replaced.
@@ -176,20 +124,20 @@ class ChunkedLoss:
             self._say(model, reason)
             return None
         forward = vars(head).get("forward")
-        if not isinstance(forward, _Head) or forward.of() is not head:
+        if not isinstance(forward, PuttingOff) or forward.of() is not head:
             self._put_off(head)
             if model is self._model():
                 self._head = weakref.ref(head)
         return head
 
-    @_outside_graphs
+    @outside_graphs
     def _end(self, model: nn.Module, output: Any) -> Any:
-        call = _calls.stack.pop() if _calls.stack else _Call()
+        call = calls.stack.pop() if calls.stack else Call()
         if call.head is None:
             return output
         if not call.taken and output is not None:  # None where forward raised
             self._say(model, "it changes its logits before the loss (soft-capping, scaling) or has a loss of its own")
-        return _settled(output, call.taken)
+        return settled(output, call.taken)
 
     def _say(self, model: nn.Module, reason: str) -> None:
         message = f"the chunked loss is not for this {type(model).__name__}: {reason}"
@@ -201,7 +149,7 @@ class ChunkedLoss:
 
     # --- the loss ----------------------------------------------------------------------
 
-    @_outside_graphs
+    @outside_graphs
     def _loss(
         self,
         logits: Any,
@@ -223,7 +171,7 @@ class ChunkedLoss:
             "label_smoothing": self.label_smoothing if model is not None and model.training else 0.0,
         }
         if isinstance(logits, Deferred) and not logits.touched:
-            _calls.stack[-1].taken = True
+            calls.stack[-1].taken = True
             hidden, weight_VN, bias_V = logits.factors()
             loss = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), weight_VN, target_M, bias_V, **how)
         else:
@@ -244,34 +192,6 @@ class ChunkedLoss:
         self._model, self._head = weakref.ref(state["_model"]), weakref.ref(state["_head"])
 
 
-def _settled(output: Any, taken: bool) -> Any:
-    """The output without what stands for logits: they are left out where a loss has taken them, or made."""
-
-    def settle(part: Any) -> Any:
-        return part if not isinstance(part, Deferred) else None if taken else part.logits()
-
-    if isinstance(output, tuple):
-        return tuple(map(settle, output))
-    if isinstance(output, Mapping) and any(isinstance(part, Deferred) for part in output.values()):
-        parts = {name: settle(part) for name, part in output.items()}
-        return type(output)(**{name: part for name, part in parts.items() if part is not None})
-    return settle(output)
-
-
-def _why_not(head: Any) -> str:
-    """Why the logits of this head cannot be put off; ``""`` if they can."""
-    if not isinstance(head, nn.Linear):
-        return f"its output head is a {type(head).__name__}, not a linear layer"
-    is_plain = isinstance(head, Compressed) or type(head).forward is nn.Linear.forward
-    if not is_plain or not isinstance(vars(head).get("forward"), _Head | None):
-        return f"its output head, a {type(head).__name__}, has a forward of its own"
-    if head._backward_hooks or head._backward_pre_hooks:
-        return "somebody has hooked on to the gradients of its output head"
-    if is_traceable_wrapper_subclass(head.weight) and not hasattr(type(head), "unshard"):
-        return f"the weight of its output head is a {type(head.weight).__name__}"
-    return ""
-
-
 def _with_head(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
     """The module inside of ``model``, or itself, that has the output head and calls the loss; and that head."""
     for module in model.modules():
@@ -283,7 +203,7 @@ def _with_head(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
             loss = module.loss_function
             if isinstance(getattr(loss, "__self__", None), ChunkedLoss):
                 raise NotChunked(f"this {type(module).__name__} has the chunked loss already.")
-            if reason := _why_not(head):
+            if reason := why_not(head):
                 raise NotChunked(f"the chunked loss needs a plain linear output head; {reason}: {HELP}.")
             name = getattr(loss, "__name__", "")
             if name != "ForCausalLMLoss":
