@@ -14,10 +14,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import matplotlib
-
 from prac import files
-from prac.lab import overview, plots, results, table
+from prac.lab import noise, overview, plots, results, table
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "methods.md"
@@ -28,20 +26,21 @@ def side_by_side(rows: list[results.Row], *names: str) -> str:
     """The table in Markdown, and what it was made by."""
     first, base = rows[0], results.baseline(rows)
     seeds = len({row["seed"] for row in rows})
-    single = seeds > 1 and any(len(runs) == 1 for runs in results.by_method(rows).values())
     lines = [
         f"| method | val loss | − {base} | kept | peak of a step | time |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for cells, (method, point) in zip(table.cells(rows), overview.against_baseline(rows).items(), strict=True):
-        lines.append(f"| `{method}` | {cells[1]} | {cells[2]} | {cells[4]} | {cells[6]} | {point['time']:.2f}× |")
+    points = overview.against_baseline(rows)
+    for it in table.cells(rows):
+        time = points[it.method]["time"]
+        lines.append(f"| `{it.method}` | {it.loss} | {it.above} | {it.kept} | {it.peak} | {time:.2f}× |")
     tokens = first["tokens"] // first["steps"]
     links = ", ".join(f"[JSON](../benchmarks/results/{name}.json)" for name in names)
     lines += [
         "",
         f"{Path(first['model']).name}, {first['parameters'] / 1e6:.1f}M parameters, {first['steps']} steps of "
-        f"{tokens:,} tokens on {Path(first['data']).name}, {seeds} seed{'s' if seeds > 1 else ''}"
-        f"{' (one where there is no ±)' if single else ''} ({links}).",
+        f"{tokens:,} tokens on {Path(first['data']).name}, {seeds} seed{'s' if seeds > 1 else ''} ({links})."
+        f"{' ' + noise.remark() if table.single(rows) else ''}",
     ]
     return "\n".join(lines)
 
@@ -88,8 +87,7 @@ def main() -> None:
     parser.parse_args()
     paths = [HERE / "results" / f"{name}.json" for name in ("compare", "compare-more", "adapters")]
     compared, more, adapters = (results.read(path)["rows"] if path.exists() else [] for path in paths)
-    with matplotlib.rc_context(plots.STYLE):
-        files.write(HERE / "results" / "compare.svg", plots.on_white(overview.frontier(compared)))
+    files.write(HERE / "results" / "compare.svg", plots.on_white(overview.frontier(compared)))
     page = PAGE.read_text()
     before, rest = page.split(START)
     _, after = rest.split(END)

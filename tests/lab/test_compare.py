@@ -163,7 +163,7 @@ def test_differences_are_paired_by_seed():
     lines = {line[0]: line for line in table.cells(rows)}
     assert lines["lean"][1:3] == ("3.600 ± 0.707", "+0.100 ± 0.000")
     assert lines["other"][2] == "+0.200 ± 0.283" and lines["plain"][2] == "–"
-    assert lines["lean"][-1] == "0.50×"
+    assert lines["lean"].speed == "0.50×"
     rows = results.against_plain(rows)
     assert [row["time_ratio"] for row in rows] == [1, 1, 2, 2, 0.5, 0.5]
     plain = [row for row in rows if row["method"] == "plain"]

@@ -10,6 +10,7 @@ import matplotlib
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from prac.lab import noise
 from prac.lab.plots import INK, PALETTE, STYLE, stacked, svg
 from prac.lab.results import Row, baseline, by_method, mean, summary, validation
 from prac.lab.table import above
@@ -75,7 +76,7 @@ def _apart(values: list[float], distance: float) -> list[float]:
 
 
 def against_baseline(rows: list[Row]) -> dict[str, dict[str, Any]]:
-    """The :func:`point` of every method.
+    """The :func:`point` of every method that shares a seed with the baseline.
 
     Raises:
         ValueError: if no method is one to compare with.
@@ -83,20 +84,21 @@ def against_baseline(rows: list[Row]) -> dict[str, dict[str, Any]]:
     grouped, base = by_method(rows), baseline(rows)
     if base is None:
         raise ValueError(f"nothing to compare {', '.join(grouped)} with: plain, or a method of plain+…, is missing.")
-    return {name: point(runs, grouped[base]) for name, runs in grouped.items()}
+    return {name: point(runs, grouped[base]) for name, runs in grouped.items() if above(runs, grouped[base])}
 
 
 def point(runs: list[Row], plain: list[Row]) -> dict[str, Any]:
     """A method's means against plain's, from rows with ``time_ratio``.
 
-    Harmless: its loss is not seen to be higher, that is by no more than twice the standard error of the difference nor
-    :data:`LARGE`, or by no more than :data:`SMALL`.
+    Harmless: its loss is not seen to be higher, that is by no more than twice the standard error of the difference
+    (:mod:`prac.lab.noise` has that of one seed) nor :data:`LARGE`, or by no more than :data:`SMALL`.
     """
     gaps = above(runs, plain)
-    gap, deviation = summary(gaps)
+    gap, deviation = statistics.fmean(gaps), noise.deviation(gaps)
     time, time_spread = summary([row["time_ratio"] for row in runs if row["time_ratio"] is not None])
     return {
         "gap": gap,
+        "difference": noise.difference(gaps),
         "harmless": gap <= max(SMALL, min(2 * deviation / math.sqrt(len(gaps)), LARGE)),
         "time": time,
         "time_spread": time_spread,
@@ -156,7 +158,8 @@ def gaps(runs: list[dict[str, Any]]) -> str:
         axes = figure.subplots()
         for index, (method, by_seed) in enumerate(curves.items()):
             colour = PALETTE[1 + index % (len(PALETTE) - 1)]
-            shared = [seed for seed in by_seed if seed in plain]
+            if not (shared := [seed for seed in by_seed if seed in plain]):
+                continue
             steps = [s for s in by_seed[shared[0]] if all(s in by_seed[k] and s in plain[k] for k in shared)]
             means = [statistics.fmean(by_seed[k][step] - plain[k][step] for k in shared) for step in steps]
             axes.plot(steps, means, "o-", color=colour, linewidth=1.5, markersize=3)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import jinja2
 
 from prac import files, monitor
-from prac.lab import overview, plots, results, run_folder, table
+from prac.lab import noise, overview, plots, results, run_folder, table
 from prac.memory.breakdown import size
 
 
@@ -51,17 +53,27 @@ def headlines(rows: list[results.Row]) -> list[dict[str, Any]]:
     for method, runs in grouped.items():
         ratio = {
             key: results.mean(runs, key) / results.mean(plain, key)
-            for key in ("kept_bytes", "peak_bytes", "val_ppl", "tokens_per_s")
+            for key in ("kept_bytes", "peak_bytes", "tokens_per_s")
         }
-        change = results.mean(runs, "val_loss") - results.mean(plain, "val_loss")
         facts = [
             (f"{1 / ratio['kept_bytes']:.2f}×", "less kept for backward"),
             (f"{ratio['peak_bytes'] - 1:+.0%}", "peak memory"),
-            (f"{change:+.3f}", f"validation loss ({ratio['val_ppl'] - 1:+.1%} perplexity)"),
+            _loss(table.above(runs, plain)),
             (f"{ratio['tokens_per_s']:.2f}×", f"the speed of {base}"),
         ]
-        found.append({"method": method, "facts": [(number.replace("-", "−"), what) for number, what in facts]})
+        found.append({"method": method, "facts": [(noise.signed(number), what) for number, what in facts]})
     return found
+
+
+def _loss(gaps: list[float]) -> tuple[str, str]:
+    """What a method costs in loss, beside how far that is known."""
+    if not gaps:
+        return "–", "validation loss: no seed in common"
+    deviation, more = noise.deviation(gaps), math.expm1(statistics.fmean(gaps))
+    known = f", ±\u00a0{deviation:.3f} over {len(gaps)} seeds"
+    if len(gaps) == 1:
+        known = f" of one seed; under about {2 * deviation:.2f} is noise"
+    return noise.centre(gaps), f"validation loss{known} ({noise.signed(f'{more:+.1%}')} perplexity)"
 
 
 def answers(rows: list[results.Row]) -> list[tuple[str, str]]:
@@ -75,8 +87,11 @@ def answers(rows: list[results.Row]) -> list[tuple[str, str]]:
 
     def told(name: str) -> str:
         point = points[name]
-        gap = f"{point['gap']:+.3f}".replace("-", "−")
-        return f"{name}: {point['peak']:.0%} of {base}'s peak, {point['time']:.2f}× its time, {gap} nats"
+        if name == base:
+            return f"{base} itself"
+        return (
+            f"{name}: {point['peak']:.0%} of {base}'s peak, {point['time']:.2f}× its time, {point['difference']} nats"
+        )
 
     def least(found: dict[str, Any], what: str) -> str:
         return told(min(found, key=lambda name: found[name][what]))
@@ -99,7 +114,7 @@ def render(folders: Sequence[Path], argv: Sequence[str]) -> str:
     first = {method: group[0] for method, group in results.by_method(runs).items()}
     common, own = _options(runs)
     base = results.baseline(rows)
-    many = len(first) >= overview.MANY and base is not None
+    many = base is not None and len(overview.against_baseline(rows)) >= overview.MANY
     # With many methods, a page for each run has these.
     measured = {} if many else {method: run for method, run in first.items() if run["layers"]}
     return environment.get_template("report.html.j2").render(
@@ -109,6 +124,7 @@ def render(folders: Sequence[Path], argv: Sequence[str]) -> str:
         colours=plots.COLOURS,
         headings=table.headings(rows),
         lines=table.cells(rows),
+        room=table.ROOM,
         reference=table.reference(rows),
         many=many,
         answers=answers(rows) if many else [],

@@ -2,47 +2,65 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from prac.lab import noise
 from prac.lab.results import Row, baseline, by_method, mean, summary
 from prac.memory.breakdown import size
 
 
-def headings(rows: list[Row]) -> tuple[str, ...]:
+class Line(NamedTuple):
+    """The cells of one method, what decides first: a terminal or a phone has room for those before ``less``."""
+
+    method: str
+    loss: str
+    above: str
+    kept: str
+    peak: str
+    speed: str
+    less: str
+    perplexity: str
+    tokens_per_s: str
+
+
+ROOM = Line._fields.index("less")
+
+
+def headings(rows: list[Row]) -> Line:
     """Of the columns of :func:`cells`."""
     plain = baseline(rows) or "plain"
-    return (
-        "method", "val loss", f"above {plain}", "perplexity", "kept for backward", "less kept", "peak memory",
-        "tokens/s", "speed",
+    return Line(
+        "method", "val loss", f"above {plain}", "kept for backward", "peak memory", "speed", "less kept", "perplexity",
+        "tokens/s",
     )  # fmt: skip
 
 
-def cells(rows: list[Row]) -> list[tuple[str, ...]]:
+def cells(rows: list[Row]) -> list[Line]:
     """One line per method under :func:`headings`, means over its seeds; ± is their standard deviation.
 
     What is "above plain", or another baseline, is the mean of the differences seed by seed, which share weights and
-    data, and its own deviation.
+    data, and its own deviation; of a single seed, what :mod:`prac.lab.noise` has for it, in brackets.
     """
     grouped = by_method(rows)
     base = baseline(rows)
     plain = grouped[base] if base else None
-    lines: list[tuple[str, ...]] = []
+    lines: list[Line] = []
     for method, runs in grouped.items():
-        less = f"{mean(plain, 'kept_bytes') / mean(runs, 'kept_bytes'):.2f}×" if plain else "–"
-        speed = f"{mean(runs, 'tokens_per_s') / mean(plain, 'tokens_per_s'):.2f}×" if plain else "–"
         gaps = above(runs, plain or [])
         lines.append(
-            (
-                method,
-                spread([row["val_loss"] for row in runs], ".3f"),
-                spread(gaps, "+.3f").replace("-", "−") if gaps and method != base else "–",
-                f"{mean(runs, 'val_ppl'):.1f}",
-                size(mean(runs, "kept_bytes")),
-                less,
-                size(mean(runs, "peak_bytes")),
-                f"{mean(runs, 'tokens_per_s'):,.0f}",
-                speed,
+            Line(
+                method=method,
+                loss=spread([row["val_loss"] for row in runs], ".3f"),
+                above=noise.difference(gaps) if gaps and method != base else "–",
+                kept=size(mean(runs, "kept_bytes")),
+                peak=size(mean(runs, "peak_bytes")),
+                speed=f"{mean(runs, 'tokens_per_s') / mean(plain, 'tokens_per_s'):.2f}×" if plain else "–",
+                less=f"{mean(plain, 'kept_bytes') / mean(runs, 'kept_bytes'):.2f}×" if plain else "–",
+                perplexity=f"{mean(runs, 'val_ppl'):.1f}",
+                tokens_per_s=f"{mean(runs, 'tokens_per_s'):,.0f}",
             )
         )
     return lines
@@ -52,6 +70,13 @@ def above(runs: list[Row], plain: list[Row]) -> list[float]:
     """Validation losses less plain's of the same seed."""
     losses = {row["seed"]: row["val_loss"] for row in plain}
     return [row["val_loss"] - losses[row["seed"]] for row in runs if row["seed"] in losses]
+
+
+def single(rows: list[Row]) -> bool:
+    """Whether some method has but one seed to be compared by."""
+    grouped, base = by_method(rows), baseline(rows)
+    others = [runs for method, runs in grouped.items() if method != base]
+    return base is not None and any(len(above(runs, grouped[base])) == 1 for runs in others)
 
 
 def spread(values: list[float], form: str) -> str:
@@ -71,12 +96,10 @@ def render(rows: list[Row], title: str) -> Table:
         caption_justify="left",
     )
     plain = baseline(rows) or "plain"
-    short = ("method", "val loss", f"− {plain}", "", "kept", "", "peak", "", "speed")  # "": no room in a terminal
-    for index, heading in enumerate(short):
-        if heading:
-            table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+    for index, heading in enumerate(("method", "val loss", f"− {plain}", "kept", "peak", "speed")):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
     for line in cells(rows):
-        table.add_row(*(cell for cell, heading in zip(line, short, strict=True) if heading))
+        table.add_row(*line[:ROOM])
     return table
 
 
@@ -84,8 +107,10 @@ def reference(rows: list[Row]) -> str:
     """What the numbers are to be read against."""
     entropy = rows[0]["unigram_entropy"]
     seeds = len({row["seed"] for row in rows})
-    mean_of = f"Means over {seeds} seeds, ± standard deviation. " if seeds > 1 else ""
-    return (
-        f"{mean_of}Kept: for backward, of one micro-batch of {rows[0]['kept_tokens']:,} tokens. "
-        f"Without context a model reaches a loss of {entropy:.3f} at best (unigram entropy)."
-    )
+    notes = [
+        f"Means over {seeds} seeds, ± standard deviation." if seeds > 1 else "",
+        noise.remark() if single(rows) else "",
+        f"Kept: for backward, of one micro-batch of {rows[0]['kept_tokens']:,} tokens.",
+        f"Without context a model reaches a loss of {entropy:.3f} at best (unigram entropy).",
+    ]
+    return " ".join(note for note in notes if note)
