@@ -192,3 +192,4 @@ def test_labels_keep_their_distance():
     places = overview._apart([0.0, 0.01, 0.02, 5.0], 1.0)
     assert places == pytest.approx([-0.99, 0.01, 1.01, 5.0])
     assert overview._apart([1.0, 3.0], 1.0) == [1.0, 3.0]
+    assert overview._apart([0.0, 0.1, 0.2, 4.9], 1.0, 0.0, 5.0) == pytest.approx([0.0, 1.0, 2.0, 4.9])

@@ -9,8 +9,9 @@ from typing import Any
 import matplotlib
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.path import Path
 
-from prac.lab import noise
+from prac.lab import labels, noise
 from prac.lab.plots import INK, PALETTE, STYLE, stacked, svg
 from prac.lab.results import Row, baseline, by_method, mean, summary, validation
 from prac.lab.table import above
@@ -40,12 +41,12 @@ def frontier(rows: list[Row]) -> str:
                 line.append((time, peak))
         axes.plot(*zip(*line, strict=True), color=INK, linewidth=1, linestyle=":", zorder=1)
         dots = axes.scatter(
-            [p["time"] for p in points.values()], [p["peak"] for p in points.values()], c=gaps, s=75, zorder=3,
+            [p["time"] for p in points.values()], [p["peak"] for p in points.values()], c=gaps, s=50, zorder=3,
             edgecolors=[INK if p["harmless"] else "none" for p in points.values()], linewidths=1.3, **look,
         )  # fmt: skip
-        for p in points.values():
-            axes.errorbar(p["time"], p["peak"], xerr=p["time_spread"], color=INK, linewidth=0.7, zorder=2)
-        _label(axes, {name: (p["time"], p["peak"]) for name, p in points.items()})
+        spreads = [[(p["time"] + side * p["time_spread"], p["peak"]) for side in (-1, 1)] for p in points.values()]
+        for spread in spreads:
+            axes.plot(*zip(*spread, strict=True), color=INK, linewidth=0.7, zorder=2)
         bar = figure.colorbar(dots, ax=axes, label=f"validation loss above {base} (nats)", extend="max")
         bar.outline.set_visible(False)
         axes.axhline(1, color=INK, linewidth=0.6, alpha=0.4)
@@ -55,24 +56,29 @@ def frontier(rows: list[Row]) -> str:
             title="Left and low is good; ringed: no loss seen",
         )  # fmt: skip
         axes.margins(x=0.12)
-        axes.set_ylim(0, 1.08 * max(p["peak"] for p in points.values()))  # room for the highest name
+        axes.set_ylim(0, 1.08 * max(p["peak"] for p in points.values()))
+        (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+        taken: list[list[tuple[float, float]]] = [line, [(left, 1), (right, 1)], [(1, low), (1, high)], *spreads]
+        labels.name(axes, {name: (p["time"], p["peak"]) for name, p in points.items()}, [Path(each) for each in taken])
         return svg(figure)
 
 
-def _apart(values: list[float], distance: float) -> list[float]:
-    """Ascending places near ascending values, at least ``distance`` apart; crowds spread to both sides."""
+def _apart(values: list[float], distance: float, low: float = -math.inf, high: float = math.inf) -> list[float]:
+    """Ascending places near ascending values, ``distance`` apart at least, from low to high; crowds spread."""
     groups: list[list[float]] = []
+
+    def middle(group: list[float]) -> float:
+        reach = distance * (len(group) - 1) / 2
+        return max(low + reach, min(high - reach, statistics.fmean(group)))
+
     for value in values:
         groups.append([value])
-        while (
-            len(groups) > 1
-            and statistics.fmean(groups[-1]) - statistics.fmean(groups[-2])
-            < distance * (len(groups[-1]) + len(groups[-2])) / 2
-        ):
-            groups[-2:] = [groups[-2] + groups[-1]]
-    return [
-        statistics.fmean(group) + distance * (i - (len(group) - 1) / 2) for group in groups for i in range(len(group))
-    ]
+        while len(groups) > 1:
+            before, last = groups[-2:]
+            if middle(last) - middle(before) >= distance * (len(before) + len(last)) / 2:
+                break
+            groups[-2:] = [before + last]
+    return [middle(group) + distance * (i - (len(group) - 1) / 2) for group in groups for i in range(len(group))]
 
 
 def against_baseline(rows: list[Row]) -> dict[str, dict[str, Any]]:
@@ -104,21 +110,6 @@ def point(runs: list[Row], plain: list[Row]) -> dict[str, Any]:
         "time_spread": time_spread,
         "peak": mean(runs, "peak_bytes") / mean(plain, "peak_bytes"),
     }
-
-
-def _label(axes: Any, points: dict[str, tuple[float, float]]) -> None:
-    """Names beside their points; of those that lie close together, one above the other."""
-    width = max(x for x, _ in points.values()) - min(x for x, _ in points.values()) or 1.0
-    height = max(y for _, y in points.values()) or 1.0
-    placed: list[tuple[float, float]] = []
-    for name, (x, y) in sorted(points.items(), key=lambda item: (item[1][1], item[1][0])):
-        at = y + 0.024 * height  # above the bar of its spread
-        while any(abs(x - px) < 0.16 * width and abs(at - py) < 0.042 * height for px, py in placed):
-            at += 0.008 * height
-        placed.append((x, at))
-        arrow = {"arrowstyle": "-", "color": INK, "linewidth": 0.4} if at - y > 0.05 * height else None
-        axes.annotate(name, (x, y), xytext=(x + 0.008 * width, at), va="center", fontsize=8.5, zorder=4,
-                      arrowprops=arrow)  # fmt: skip
 
 
 # Kinds of kept_by_layer, in the order in which they are stacked.
@@ -154,7 +145,7 @@ def gaps(runs: list[dict[str, Any]]) -> str:
     plain = curves.pop(base)
     ends: list[tuple[float, str, str, float]] = []
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.6, 4.6), layout="constrained")
+        figure = Figure(figsize=(8.6, max(4.6, 1.2 + 0.19 * len(curves))), layout="constrained")
         axes = figure.subplots()
         for index, (method, by_seed) in enumerate(curves.items()):
             colour = PALETTE[1 + index % (len(PALETTE) - 1)]
@@ -164,13 +155,19 @@ def gaps(runs: list[dict[str, Any]]) -> str:
             means = [statistics.fmean(by_seed[k][step] - plain[k][step] for k in shared) for step in steps]
             axes.plot(steps, means, "o-", color=colour, linewidth=1.5, markersize=3)
             ends.append((means[-1], method, colour, steps[-1]))
-        low, high = axes.get_ylim()
-        ends.sort()
-        places = _apart([end[0] for end in ends], 0.045 * (high - low))
-        for at, (value, method, colour, step) in zip(places, ends, strict=True):
-            axes.annotate(method, (step, value), xytext=(1.02, at), textcoords=("axes fraction", "data"), color=colour,
-                          va="center", fontsize=8.5)  # fmt: skip
+        title = f"Validation loss above {base}'s"
+        if any(len(by_seed) == 1 for by_seed in curves.values()):
+            axes.axhspan(-2 * noise.ONE_SEED, 2 * noise.ONE_SEED, color=INK, alpha=0.08, linewidth=0)
+            title += "; grey: what is noise of one seed at the end"
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.margins(x=0.01)
-        axes.set(xlabel="optimizer step", ylabel="nats per token", title=f"Validation loss above {base}'s")
+        low, high = axes.get_ylim()
+        ends.sort()
+        distance = 0.19 / (figure.get_figheight() - 0.8) * (high - low)
+        places = _apart([end[0] for end in ends], distance, low, high)
+        for at, (value, method, colour, step) in zip(places, ends, strict=True):
+            leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5), "shrinkB": 3}
+            axes.annotate(method, (step, value), xytext=(1.06, at), textcoords=("axes fraction", "data"), color=colour,
+                          va="center", fontsize=8.5, arrowprops=leader)  # fmt: skip
+        axes.set(xlabel="optimizer step", ylabel="nats per token", title=title)
         return svg(figure)

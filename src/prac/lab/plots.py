@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from prac import files
 from prac.lab.results import by_method
 from prac.reading import Reading
 
@@ -63,7 +65,7 @@ Run = dict[str, Any]
 def losses(runs: list[Run], entropy: float) -> str:
     """Training loss (smoothed) and validation points by step; seeds are thin, their mean is thick."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.6, 4.2), layout="constrained")
+        figure = Figure(figsize=(8.6, max(4.2, 1.0 + 0.2 * len(by_method(runs)))), layout="constrained")
         axes = figure.subplots()
         top = 0.0
         for method, group in by_method(runs).items():
@@ -79,21 +81,14 @@ def losses(runs: list[Run], entropy: float) -> str:
             axes.plot([], [], "o-", color=colour, label=method)
             start = min(len(curves[0]) - 1, len(curves[0]) // 20)
             top = max([top, curves[0][start][1], *(loss for _, loss in points[0][:1])])
-        axes.axhline(entropy, color=INK, linestyle=":", linewidth=1)
-        axes.annotate(
-            "best without context (unigram entropy)", (1, entropy), xycoords=axes.get_yaxis_transform(),
-            xytext=(0, 3), textcoords="offset points", ha="right", fontsize=8.5,
-        )  # fmt: skip
+        axes.axhline(entropy, color=INK, linestyle=":", linewidth=1, label="best without\ncontext (unigram\nentropy)")
         axes.set_ylim(top=max(top, entropy) + 0.15)
         axes.set(
             xlabel="optimizer step",
             ylabel="loss (nats per token)",
             title="Loss: points validation, lines training (smoothed)",
         )
-        if len(by_method(runs)) > 6:
-            figure.legend(loc="outside right upper", fontsize=8.5)
-        else:
-            axes.legend(loc="upper right")
+        figure.legend(loc="outside right upper", fontsize=8.5)
         return svg(figure)
 
 
@@ -111,7 +106,7 @@ def kept(runs: list[Run]) -> str:
         left, right = figure.subplots(1, 2, sharex=False)
         _bars(left, kinds, by_kind, "Kept for backward, by kind of layer", numbers=len(first) <= 4)
         _bars(right, [f"block {block}" for block in blocks], by_block, "… and by block", numbers=len(blocks) <= 8)
-        left.legend(loc="lower right")
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8.5)
         return svg(figure)
 
 
@@ -133,7 +128,7 @@ def spectra(runs: list[Run]) -> str:
         left.set(xlabel="i", ylabel="σᵢ / σ₁", title="Singular values")
         right.set(xlabel="number of directions", ylabel="share of Σσ²", title="Cumulative energy", ylim=(0, 1.02))
         right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        left.legend(fontsize=8.5)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8.5)
         figure.suptitle(f"Input of {layer}", x=0.01, ha="left", fontsize=11)
         return svg(figure)
 
@@ -200,6 +195,12 @@ def svg(figure: Figure) -> str:
     figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     text = stream.getvalue()
     return text[text.index("<svg") :].replace(INK, "currentColor")
+
+
+def save(path: Path, draw: Callable[[], Figure]) -> None:
+    """Write what ``draw`` makes, in the style of the others, as an SVG file of its own."""
+    with matplotlib.rc_context(STYLE):
+        files.write(path, on_white(svg(draw())))
 
 
 def on_white(figure: str) -> str:
