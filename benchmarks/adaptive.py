@@ -27,7 +27,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import forest
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -187,32 +187,24 @@ def rows_of(
     return rows
 
 
-def draw(rows: list[dict[str, Any]]) -> str:
+def draw(rows: list[dict[str, Any]]) -> Figure:
     """Loss above plain training, and above uniform ranks, for each policy."""
-    with matplotlib.rc_context(plots.STYLE):
-        return plots.on_white(plots.svg(_draw(rows)))
-
-
-def _draw(rows: list[dict[str, Any]]) -> Figure:
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    groups: dict[str, list[forest.Entry]] = {}
     variants = ("uniform", *VARIANTS)
     for row in rows:
         index = variants.index(row["variant"])
-        y = policies.index(row["policy"]) + 0.13 * (index - (len(variants) - 1) / 2)
-        style = {"color": plots.PALETTE[index], "fmt": "o", "markersize": 5, "capsize": 2, "elinewidth": 0.8}
-        label = row["variant"] if row["policy"] == policies[0] else None
-        left.errorbar(row["loss_gap"], y, xerr=row["loss_gap_spread"], label=label, **style)
-        if index:
-            right.errorbar(row["against_uniform"], y, xerr=row["against_uniform_spread"], **style)
-    for axes, label in ((left, "plain training"), (right, "the uniform policy")):
-        axes.axvline(0, color=plots.INK, linewidth=0.6)
-        axes.set(xlabel=f"validation loss above {label} (nats)")
-    left.set_yticks(range(len(policies)), policies)
-    left.set_ylim(len(policies) - 0.5, -0.5)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8, title="chosen")
-    return figure
+        above = row["loss_gap"], row["loss_gap_spread"]
+        against = (row["against_uniform"], row["against_uniform_spread"]) if index else None
+        entry = forest.Entry(row["variant"], plots.PALETTE[index], [above, against])
+        groups.setdefault(row["policy"], []).append(entry)
+    panels = [
+        forest.Panel("Validation loss above plain training", "nats", reference=0),
+        forest.Panel("Validation loss above the uniform policy", "nats", reference=0),
+    ]
+    seeds = len(rows[0]["val_loss"])
+    return forest.draw(
+        groups, panels, f"Means of differences seed by seed; bars: their standard deviation, {seeds} seeds."
+    )
 
 
 def main() -> None:
@@ -242,7 +234,7 @@ def main() -> None:
             f"{row['against_uniform']:+.4f}", f"{row['against_uniform_spread']:.4f}", ratio,
         )  # fmt: skip
     results.write(arguments.out / "adaptive.json", "benchmarks/adaptive.py", rows)
-    files.write(arguments.out / "adaptive.svg", draw(rows))
+    plots.save(arguments.out / "adaptive.svg", lambda: draw(rows))
     Console(width=140).print(table)
 
 

@@ -25,14 +25,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import forest
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 import prac
-from prac import PRESETS, Bits, Config, Rank, files
+from prac import PRESETS, Bits, Config, Rank
 from prac.cli import parser as command_parser
 from prac.lab import bench, blocks, checkpoints, compare, plots, report, results, train
 from prac.lab.command import options as parse_options
@@ -125,50 +125,31 @@ def stored(config: Config | None) -> float | None:
     return None if keep is None else float(keep.bits)
 
 
-def draw(rows: list[dict[str, Any]]) -> str:
-    """Loss against what x̂ takes, against what the whole block keeps, and against operations."""
-    with matplotlib.rc_context(plots.STYLE):
-        return plots.on_white(plots.svg(_draw(rows)))
-
-
-def _draw(rows: list[dict[str, Any]]) -> Figure:
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
-    labels = ("x̂: bits for each value", "block: kept, in tokens × hidden", "block: operations, plain = 1")
-    configs = settings()
+def draw(rows: list[dict[str, Any]]) -> Figure:
+    """Loss beside what x̂ takes, what the whole block keeps, and operations."""
+    about_x_hat = ["full rank", *(f"rank {rank}n" for rank in reversed(RANKS))]
+    groups: dict[str, list[forest.Entry]] = {f"x̂ at {how}": [] for how in about_x_hat} | {"other settings": []}
+    colours = dict(zip(groups, plots.PALETTE[1:], strict=False))
     for row in rows:
-        name, config = row["method"], configs[row["method"]]
-        if config is None:
+        if (config := settings()[row["method"]]) is None:
             continue
-        x_hat = stored(config)
-        keep = config.group if x_hat is not None else None
-        rank = keep.r1 + keep.r2 if isinstance(keep, Rank) else None
-        bits = getattr(keep, "bits", None)
-        bits = bits.bits if isinstance(bits, Bits) else bits
-        color = plots.PALETTE[1 + RANKS.index(rank)] if rank else plots.INK
-        marker = {16: "o", 8: "s", 4: "^", 2: "v", None: "X"}[bits]
-        label = name if x_hat is not None else None
-        for axes, x in zip(panels, (x_hat, row["kept_units"], row["flops_ratio"]), strict=True):
-            if x is None:
-                continue
-            axes.errorbar(x, row["loss_gap"], row["loss_spread"], fmt=marker, color=color, markersize=6, capsize=2,
-                          elinewidth=0.7, alpha=0.9, label=label)  # fmt: skip
-            # Those that are not about x̂ have no place in the legend; in the last panel most would lie on one spot.
-            if x_hat is None and (axes is panels[1] or name == "paper"):
-                short, offset = {"everything in 4 bits": ("everything in 4 bits", (6, -3)), "paper": ("paper", (6, -3)),
-                                 "4 bits, g and u in 4": ("g, u in 4", (2, -10)),
-                                 "4 bits, g and u in 2": ("g, u in 2", (-30, -10))}[name]  # fmt: skip
-                axes.annotate(short, (x, row["loss_gap"]), xytext=offset, textcoords="offset points", fontsize=7)
-    for axes, label in zip(panels, labels, strict=True):
-        axes.axhline(0, color=plots.INK, linewidth=0.6)
-        axes.set(xlabel=label)
-        axes.margins(x=0.12)
-    panels[0].set_xscale("log", base=2)
-    panels[0].set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
-    panels[0].set(ylabel="validation loss above plain training (nats)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=7, title="x̂ kept as",
-                  title_fontsize=8, frameon=False)  # fmt: skip
-    return figure
+        x_hat, group, name = stored(config), "other settings", row["method"]
+        if x_hat is not None:
+            how, _, name = row["method"].partition(", ")
+            group = f"x̂ at {how}"
+        counted = [None if value is None else (value, 0.0) for value in (x_hat, row["kept_units"], row["flops_ratio"])]
+        entry = forest.Entry(name, colours[group], [(row["loss_gap"], row["loss_spread"]), *counted])
+        groups[group].append(entry)
+    panels = [
+        forest.Panel("Validation loss above plain training", "nats", reference=0),
+        forest.Panel("x̂", "bits for each value", logarithmic=True),
+        forest.Panel("Kept of a block", "tokens × hidden"),
+        forest.Panel("Operations of a block", "plain = 1", reference=1),
+    ]
+    seeds = len(rows[0]["val_loss"])
+    return forest.draw(
+        groups, panels, f"Means of differences seed by seed; bars: their standard deviation, {seeds} seeds."
+    )
 
 
 def main() -> None:
@@ -208,7 +189,7 @@ def main() -> None:
             f"{row.kept_units:.2f}", f"{row.flops_ratio:.2f}", f"{row.time_ratio:.2f}", f"{row.input_grad_error:.3f}",
         )  # fmt: skip
     results.write(HERE / "frontier.json", "benchmarks/frontier.py", rows)
-    files.write(HERE / "frontier.svg", draw(rows))
+    plots.save(HERE / "frontier.svg", lambda: draw(rows))
     Console(width=140).print(table)
 
 

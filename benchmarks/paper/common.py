@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from claims import Claim, sentence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -232,8 +231,7 @@ def save(
     written = document(name, rows, shlex.join(sys.argv[1:]), paper, ours, claims)
     files.write_json(out / f"{name}.json", written | more)
     if figure is not None:
-        with matplotlib.rc_context(plots.STYLE):
-            files.write(out / f"{name}.svg", plots.on_white(plots.svg(figure())))
+        plots.save(out / f"{name}.svg", figure)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     said = f"The paper: {paper}.\nOurs: {ours}.\n{written['sentence']}"

@@ -26,7 +26,7 @@ from rich.console import Group
 from rich.progress import track
 from rich.table import Table
 
-from prac.lab import footprint, plots
+from prac.lab import footprint
 
 # Micro-batch, tokens of a sequence, dtype.
 MODELS = {
@@ -129,43 +129,54 @@ def predicted(way: Way) -> dict[str, Any]:
 
 
 def draw(found: list[dict[str, Any]]) -> Figure:
-    """A group of bars for each model: as the paper trains it, with its numbers, and as we do."""
+    """The paper's numbers, each beside its prediction; below, without the logits, ours beside plain training's."""
 
-    def of(model: str, **wanted: Any) -> float:
-        wanted = {"table": "2", "model": model, "as_published": False} | wanted
-        return next(row["peak_gb"] for row in found if all(row[key] == value for key, value in wanted.items()))
+    def peaks(**wanted: Any) -> list[float]:
+        rows = [row for row in found if all(row[key] == value for key, value in wanted.items())]
+        return [next(row["peak_gb"] for row in rows if row["model"] == model) for model in MODELS]
 
-    bars: dict[str, tuple[str, dict[str, Any]]] = {
-        "plain training": ("#9ca3af", {"method": "plain"}),
-        "the paper's PRAC, as published": ("#c8553d", {"method": "paper"}),
-        "lean": ("#2f6fb0", {"table": "", "method": "lean", "loss": "chunked"}),
-        "lean + attention in 8 bits": ("#6f9fd0", {"table": "", "method": "lean+attention8"}),
-        "small": ("#b3cfe8", {"table": "", "method": "small"}),
-        "gradient checkpointing (a quarter slower)": ("#c9b27c", {"table": "", "method": "checkpoint",
-                                                                  "loss": "chunked"}),
-    }  # fmt: skip
-    theirs = {(w.model, w.method): w.published for w in PAPER if w.table == "2"}
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
-    axes = figure.subplots()
-    width = 0.84 / len(bars)
-    for index, (label, (colour, wanted)) in enumerate(bars.items()):
-        for place, model in enumerate(MODELS):
-            exact = wanted | ({"as_published": model.startswith("llama")} if wanted["method"] == "paper" else {})
-            height = of(model, **exact)
-            x = place + (index - (len(bars) - 1) / 2) * width
-            axes.bar(x, height, width * 0.92, label=label if not place else None, color=colour, zorder=2)
-            number = theirs.get((model, wanted["method"])) if exact.get("table") is None else None
-            if number is not None:
-                axes.plot([x - width / 2, x + width / 2], [number] * 2, color=plots.INK, linewidth=1.8, zorder=3)
-            axes.annotate(f"{height:.0f}", (x, max(height, number or 0)), xytext=(0, 2), ha="center",
-                          textcoords="offset points", fontsize=7.5)  # fmt: skip
-    axes.plot([], [], color=plots.INK, linewidth=1.8, label="the paper's number")
-    names = [f"{model}\n{batch} × {length} tokens" for model, (batch, length, _) in MODELS.items()]
-    axes.set_xticks(range(len(MODELS)), names)
-    axes.set(ylabel="GB at the peak", title="Peak memory of a training step (the last four bars: without logits)")
-    axes.grid(axis="x", visible=False)
-    axes.legend(fontsize=8.5, loc="upper right", bbox_to_anchor=(1, 1.02))
+    theirs = {(w.model, w.method): w.published for w in PAPER if w.table == "2" and w.published is not None}
+    # The first of a model's predictions is that of PRAC as published.
+    exact = {row["model"]: row["peak_gb"] for row in found[::-1] if row["table"] == "2" and row["method"] == "paper"}
+    chunked = {"table": "", "loss": "chunked"}
+    ours = {
+        "plain training": ("#9ca3af", "plain"),
+        "gradient checkpointing (a quarter slower)": ("#c9b27c", "checkpoint"),
+        "lean": ("#2f6fb0", "lean"),
+        "lean + attention in 8 bits": ("#6f9fd0", "lean+attention8"),
+        "small": ("#b3cfe8", "small"),
+    }
+    panels: dict[str, dict[str, tuple[list[float], dict[str, Any]]]] = {
+        "As the paper trains: its numbers and our predictions of them": {
+            "plain, the paper": ([theirs[model, "plain"] for model in MODELS], _outlined("#9ca3af")),
+            "plain, predicted": (peaks(table="2", method="plain"), {"color": "#9ca3af"}),
+            "PRAC, the paper": ([theirs[model, "paper"] for model in MODELS], _outlined("#c8553d")),
+            "PRAC, predicted": ([exact[model] for model in MODELS], {"color": "#c8553d"}),
+        },
+        "Without the logits, all of them: predictions": {
+            label: (peaks(method=method, **chunked), {"color": colour}) for label, (colour, method) in ours.items()
+        },
+    }
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    for axes, (title, bars) in zip(figure.subplots(2, 1, sharey=True), panels.items(), strict=True):
+        width = 0.88 / len(bars)
+        for index, (label, (heights, look)) in enumerate(bars.items()):
+            places = [place + (index - (len(bars) - 1) / 2) * width for place in range(len(MODELS))]
+            drawn = axes.bar(places, heights, width * 0.88, label=label, zorder=2, **look)
+            axes.bar_label(drawn, fmt="%.1f", fontsize=7.5, padding=2)
+        names = [f"{model}\n{batch} × {length} tokens" for model, (batch, length, _) in MODELS.items()]
+        axes.set_xticks(range(len(MODELS)), names)
+        axes.set(ylabel="GB at the peak")
+        axes.set_title(title, pad=24)  # above the legend
+        axes.grid(axis="x", visible=False)
+        axes.margins(x=0.02, y=0.1)
+        axes.legend(fontsize=8.5, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(bars), borderaxespad=0)
     return figure
+
+
+def _outlined(colour: str) -> dict[str, Any]:
+    """The look of a number that is not ours."""
+    return {"facecolor": "none", "edgecolor": colour, "linewidth": 1.4, "hatch": "///"}
 
 
 def tables(found: list[dict[str, Any]]) -> list[Table]:

@@ -148,6 +148,7 @@ def quartiles(values: Iterable[float]) -> tuple[float, float]:
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(7.6, 3.2), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.08)  # between the last number of one axis and the first of the next
     left, right = figure.subplots(1, 2, sharey=True)
     names = [f"{row['method']}, batch {row['batch']}" for row in rows]
     colours = {name: common.COLOURS[i] for i, name in enumerate(dict.fromkeys(row["method"] for row in rows))}

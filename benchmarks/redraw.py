@@ -1,0 +1,34 @@
+"""Draw anew what committed JSON alone determines; nothing is measured.
+
+    python benchmarks/redraw.py
+
+`methods.py` does so for `results/compare.svg`; curves by step need their runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from prac.lab import plots, results
+
+HERE = Path(__file__).parent
+PLOTS = ("adaptive", "frontier", "paper/table1", "paper/table2", "paper/table4", "paper/tables3_6")
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    sys.path.append(str(HERE / "paper"))
+    for name in PLOTS:
+        path = HERE / "results" / name
+        rows = results.read(path.with_suffix(".json"))["rows"]
+        plots.save(
+            path.with_suffix(".svg"),
+            lambda script=Path(name).name, rows=rows: importlib.import_module(script).draw(rows),
+        )
+
+
+if __name__ == "__main__":
+    main()
