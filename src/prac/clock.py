@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class Clock:
     def __init__(self, model: nn.Module | None, step: int = 0) -> None:
         self._modules = _references([] if model is None else model.modules())
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those that hold its parameters
+        self.on_step: Callable[[], None] = _nothing  # called after each
         self._by_hand = self._in_use = False
         self._step = self._next = step
         self._ticked_in = _NONE  # the backward pass in which the last step was taken
@@ -73,6 +75,7 @@ class Clock:
         self._next = self._step + 1
         self._ticked_in = _backward()
         self._in_use = False
+        self.on_step()
 
     def follow(self, optimizer: Optimizer, parameters: set[int]) -> bool:
         """Count a step of ``optimizer``, if one of its parameters, given by id, is the model's; whether it did."""
@@ -101,12 +104,17 @@ class Clock:
         # A copied model gets a clock of its own. deepcopy enters an object in its memo before it copies the
         # contents, so the copies of the modules around us are already there; a clock copied alone stays with its model.
         twin = Clock(None, self.step)
+        twin.on_step = copy.deepcopy(self.on_step, memo)
         modules = list(_alive(self._modules))
         twin._modules = _references([memo[id(m)] for m in modules if id(m) in memo] or modules)
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Clock, (None, self.step)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _backward() -> int:

@@ -43,6 +43,7 @@ class Conversion:
         self.clock = Clock(model)
         self.notes: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self.shared = Shared()
+        self.clock.on_step = self.shared.stepped
         self.is_final = False
         self.state: dict[str, Any] | None = None
         self._layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -151,7 +152,7 @@ class Conversion:
                 _replace(model, {module: own})
             swap(own, match, estimators, name=name, source=source, shared=self.shared)
             if own is not module:  # others may use it too, also outside of this model
-                own._prac.stands_for = module  # type: ignore[union-attr]
+                own._prac.stands_for = module
             self._layers.add(own)
 
     def again(self, model: nn.Module, structure: Structure) -> None:
@@ -186,7 +187,7 @@ def _replace(model: nn.Module, others: Mapping[nn.Module, nn.Module]) -> None:
     if others:
         for parent in model.modules():
             for name, child in parent._modules.items():
-                if child in others:
+                if child is not None and child in others:
                     parent._modules[name] = others[child]
 
 

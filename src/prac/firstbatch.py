@@ -47,8 +47,9 @@ def structure_of(
 
 def _fails(model: nn.Module, error: Exception) -> str:
     return (
-        f"this {type(model).__name__} fails on the example that prac.compress was given: {type(error).__name__}: {error} "
-        "Give one that the model trains on, or none: then the first batch shows what prac has to know."
+        f"this {type(model).__name__} fails on the example that prac.compress was given: "
+        f"{type(error).__name__}: {error} Give one that the model trains on, "
+        "or none: then the first batch shows what prac has to know."
     )
 
 
@@ -56,7 +57,7 @@ class FirstBatch:
     """A hook before the model's forward, until it has seen a batch to train on.
 
     It runs the batch on a copy without numbers before the model itself does. Where that fails, it watches the model
-    instead, and the layers share what they can from the second batch on.
+    instead, and the layers share what they can from the second batch on: the structure is that of training alone.
     """
 
     only_counts = True  # nobody would miss it
@@ -70,8 +71,9 @@ class FirstBatch:
         model.register_forward_pre_hook(self, with_kwargs=True)
         self.conversion.shared.is_waiting = True
 
-    @torch.compiler.disable(reason="prac watches the first forward pass")
+    @torch.compiler.disable(reason="prac watches the first forward pass")  # type: ignore[untyped-decorator]
     def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before the model's forward."""
         if not (model.training and torch.is_grad_enabled()):
             return
         structure = self._seen or self._without_numbers(model, args, kwargs)
@@ -99,10 +101,13 @@ class FirstBatch:
 
         def leave(model: nn.Module, inputs: Any, output: Any) -> None:
             hook.remove()
-            try:
-                self._seen = watch.structure(output, args, kwargs) if output is not None else None
-            finally:
-                watch.__exit__()
+            structure = None if output is None else watch.structure(output, args, kwargs)
+            watch.__exit__()
+            if structure is not None and structure.hidden:  # a block that is computed again has to find what it was
+                self._seen = structure
+            elif structure is not None:
+                detach(model)
+                self.conversion.again(model, structure)
 
         hook = model.register_forward_hook(leave, always_call=True)
 

@@ -64,6 +64,7 @@ class Handle:
         if not self._conversion.is_final:
             structure = structure_of(self.model, self._conversion.names(self.model), example)
             detach(self.model)
+            assert structure is not None  # only of an example that was made up it can be
             self._conversion.again(self.model, structure)
 
     def reconstruction_error(self, example: Example) -> dict[str, float]:

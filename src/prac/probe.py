@@ -53,8 +53,9 @@ def probe(model: nn.Module, names: Sequence[str], args: Sequence[Any], kwargs: M
     failed: Exception | None = None
     seen: list[Structure] = []
     with quietly(model), torch.enable_grad():
-        for prepare in (lambda: model.training or model.train(), model.eval):
-            prepare()
+        for training in (True, False):
+            if training != model.training:  # modules that were set otherwise stay so where the model trains
+                model.train(training)
             try:
                 with Watch(model, names) as watch:
                     seen.append(watch.structure(model(*args, **kwargs), args, kwargs))

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -22,6 +23,8 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from prac.whole import WholeNumbers, is_whole
 
 
 def is_hollow(tensor: Tensor) -> bool:
@@ -63,7 +66,9 @@ class NeedsNumbers(ValueError):
 
 @contextmanager
 def hollow(model: nn.Module, *inputs: Any) -> Iterator[tuple[Any, ...]]:
-    """Copies of ``model`` and ``inputs`` that hold no numbers, to be run inside the block; nothing is allocated.
+    """Copies of ``model`` and ``inputs`` that hold no numbers, to be run inside the block; little is allocated.
+
+    Whole numbers and truth values are kept (:mod:`prac.whole`): models ask for them, as for places of images in a text.
 
     They believe to be on the CPU, where every operation has a fake; the meta device lacks attention. Autograd is on,
     also under ``no_grad`` and in inference mode.
@@ -73,12 +78,18 @@ def hollow(model: nn.Module, *inputs: Any) -> Iterator[tuple[Any, ...]]:
     """
 
     def fake(tensor: Tensor) -> Tensor:
+        if is_whole(tensor) and not is_hollow(tensor):
+            with unset_fake_temporarily():
+                return tensor.detach().to("cpu", copy=True)
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
 
     with (
         torch.inference_mode(False),
+        # A kernel that asks for the address of a tensor without numbers is refused, not given 0.
+        torch._functorch.config.patch(fake_tensor_allow_unsafe_data_ptr_access=False),
         FakeTensorMode(allow_non_fake_inputs=True),
         _GroupedProducts(),
+        WholeNumbers(),
         torch.device("cpu"),
         _no_packed_sequences(),
     ):

@@ -15,12 +15,13 @@ from prac.allocation.calibration import GROUP, calibrate
 from prac.allocation.options import Choices
 from prac.allocation.waterfill import Choice, fill
 from prac.config import Bits, Config, Factors, Rank
-from prac.convert import Filter, compress
+from prac.conversion import Filter
+from prac.convert import compress
 from prac.estimator import Estimator
 from prac.layers import Compressed
 from prac.presets import as_config
-from prac.stored import Stored
 from prac.probe import example_for
+from prac.stored import Stored
 from prac.structure import Example
 from prac.subspace import Subspace
 from prac.summary import aligned

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -29,7 +28,7 @@ class Attention(Compressed):
 
     def _in_training(self, *args: Any, **kwargs: Any) -> Any:
         """The original's arguments and result."""
-        self._prac.departs = ""
+        self._prac.departs, self._prac.shared.trains = "", True
         with _Replaced(self):
             return self._original(*args, **kwargs)
 

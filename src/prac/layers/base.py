@@ -73,6 +73,17 @@ class Shared:
 
     said: set[str] = field(default_factory=set)  # the warnings given
     is_waiting: bool = False  # for a first batch, to see what shares an input
+    trains: bool = False  # since the last optimizer step, in training mode
+    evaluates: bool = False  # and in eval mode, with gradients
+
+    def stepped(self) -> None:
+        """An optimizer step was taken."""
+        if self.evaluates and not self.trains:
+            self.warn(
+                "prac compresses nothing: the model is trained in eval mode, where every activation is kept in full. "
+                "Call model.train() before training."
+            )
+        self.trains = self.evaluates = False
 
     def warn(self, text: str) -> None:
         """Once for a model."""
@@ -127,7 +138,10 @@ class Compressed(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's, in training with what it keeps compressed."""
-        if self._prac.suspended or not (self.training and torch.is_grad_enabled()):
+        if self._prac.suspended or not torch.is_grad_enabled():
+            return super().forward(*args, **kwargs)
+        if not self.training:
+            self._prac.shared.evaluates = True
             return super().forward(*args, **kwargs)
         return self._outside_graphs(*args, **kwargs)
 
@@ -148,7 +162,7 @@ class Compressed(nn.Module):
         if not isinstance(x, Tensor) or not x.numel():  # nothing to keep
             return self._original(*args, **kwargs)
         _refuse_others(record.name, x)
-        record.departs = ""
+        record.departs, record.shared.trains = "", True
         if record.shared.is_waiting:
             record.shared.is_waiting = False
             record.shared.warn(

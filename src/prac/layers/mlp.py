@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -225,7 +225,7 @@ def _errors(module: nn.Module, first: str, candidates: list[tuple[Roles, int]]) 
     module's own device, and to the rounding of its dtype.
     """
     parameter = next(module.get_submodule(first).parameters())
-    f32 = {"dtype": torch.float32, "device": "cpu"}  # whatever the process's defaults are
+    f32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the process's defaults are
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 2, _shape(module.get_submodule(first))[0], generator=generator, **f32).to(parameter)
     found: dict[tuple[Roles, int], float] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,13 @@ class SharedNorm(Compressed):
         if not trained(x, self.weight, bias):
             return self._original(x)
         y, normed = normalise(x, self.weight, bias, self._prac.match.facts, self.estimators["x"], self._dtype(x))
-        return mark(y, normed)
+        return mark(y, normed._replace(weight=self._lasting(self.weight), bias=self._lasting(bias)))
+
+    def _lasting(self, p: Tensor | None) -> Tensor | None:
+        """γ or β for backward; a copy where FSDP frees it once the norm has run, while its readers still need it."""
+        if p is None or (not hasattr(type(self), "unshard") and p.untyped_storage().nbytes() == p.nbytes):
+            return p
+        return p.detach().clone()
 
     def _dtype(self, x: Tensor) -> torch.dtype:
         """Of the output, as the original has it."""
@@ -107,7 +113,7 @@ def _rms_formula(module: nn.Module, n: int) -> tuple[float, float] | None:
 @torch.no_grad()
 def _evaluated(twin: nn.Module, n: int) -> tuple[float, float] | None:
     generator, device = torch.Generator().manual_seed(0), twin.get_parameter("weight").device
-    f32 = {"dtype": torch.float32, "device": "cpu"}  # whatever the process's defaults are
+    f32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the process's defaults are
     weight = (torch.rand(n, generator=generator, **f32) + 0.5).to(device)
     twin.get_parameter("weight").copy_(weight)
     found = [vars(twin)[a] for a in ("eps", "variance_epsilon", "epsilon") if a in vars(twin)]

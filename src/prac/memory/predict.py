@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prac.config import Config
-from prac.convert import Filter, compress
+from prac.conversion import Filter
+from prac.convert import compress
 from prac.layers import Compressed
 from prac.loss import ChunkedLoss
 from prac.memory.breakdown import Breakdown

@@ -144,7 +144,7 @@ class _Attention(torch.autograd.Function):
         tensors = saved(ctx)
         dropout, causal, scale, gqa = ctx.setting
         q, k, v = (_heads(Kept(tensors[t], ctx.forms[t]).reconstruct(), ctx.shapes[t]) for t in ("q", "k", "v"))
-        mask = _added(*tensors["mask"], q.dtype)
+        mask = _added(tensors["mask"][0], q.dtype)
         full = (q, *_repeated(q, k, v, gqa))
         out, lse, *_ = _flash(*full, mask, 0.0, causal, scale)
         if dropout:  # which the log-sum-exp knows nothing of

@@ -191,7 +191,7 @@ def _exact(scalars_M2: Tensor, g_MN: Tensor, bias_N: Tensor | None) -> tuple[Ten
 
 
 def _signs(like_MN: Tensor) -> Tensor:
-    """s (n,): ±1 without a pattern that a gradient could have."""
+    """±1 (n,), the s above, without a pattern that a gradient could have."""
     n = like_MN.shape[1]
     turns_N = torch.arange(n, device=like_MN.device, dtype=torch.float32).square() * 0.618034
     return torch.where(turns_N.frac() < 0.5, 1.0, -1.0).to(like_MN.dtype)
