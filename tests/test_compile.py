@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers import gradients
+from helpers import Steps, gradients, loss
 from models import BATCH, FAMILIES, build
 from torch import Tensor, nn
 
 import prac
+from prac import ops
+from prac.loss import ChunkedLoss
 from prac.memory import track_kept
+from prac.stored import Stored
 
 PRESETS = ("lean", "paper", "small")
 
@@ -116,6 +120,47 @@ def test_without_logits() -> None:
     expected, found = gradients(model, **BATCH), gradients(compiled, **BATCH)
     agree(found, expected)
     assert compiled(**BATCH).logits is None
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_ops_called_from_a_graph_have_the_gradients_they_have_outside(backend: str) -> None:
+    """Each by itself: what one version of torch makes of an op in a graph, another does not."""
+    in_full = Stored(None, Steps(), unbiased=False)
+    x = torch.randn(6, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    w = torch.randn(16, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    b = torch.randn(16, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    target, silu = torch.arange(6), ops.ACTIVATIONS["silu"]
+
+    def grouped(x: Tensor) -> Tensor:
+        y, normed = ops.normalise(x, b, None, ops.Norm(1e-5, 0.0, False), in_full, x.dtype)
+        return ops.linear(y, w, None, normed.kept(x.dtype))
+
+    steps: dict[str, Callable[[Tensor], Tensor]] = {
+        "loss": lambda x: ops.linear_cross_entropy(x, w, target, b),
+        "linear": lambda x: ops.linear(x, w, b, in_full),
+        "rms_norm": lambda x: ops.rms_norm(x, b, 1e-5, in_full),
+        "layer_norm": lambda x: ops.layer_norm(x, b, b, 1e-5, in_full),
+        "activation": lambda x: ops.activation(x, silu, in_full),
+        "glu": lambda x: ops.glu(x, x @ w, silu, in_full, in_full),
+        "grouped": grouped,
+    }
+    for name, step in steps.items():
+        torch._dynamo.reset()
+        for run in (step, torch.compile(step, backend=backend)):
+            found = torch.autograd.grad(loss(run(x * 2)), (x, w, b), allow_unused=True)
+            if run is step:
+                expected = found
+        assert expected[0] is not None and expected[0].any(), name
+        for ours, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, wanted, msg=name)
+
+
+def test_the_chunked_loss_alone_in_a_graph() -> None:
+    model = build("llama")
+    ChunkedLoss(model)
+    expected = gradients(model, **BATCH)
+    agree(gradients(torch.compile(model, backend="aot_eager"), **BATCH), expected)
+    assert all(gradient.any() for gradient in expected.values())
 
 
 def test_sharing_found_at_the_first_call() -> None:

@@ -14,10 +14,14 @@ from torch.autograd.function import once_differentiable
 Gradients = tuple[Tensor | None, ...]
 
 
-def apply(op: type[torch.autograd.Function], *args: Any) -> Tensor:
-    """``op.apply(*args)``, typed."""
-    y: Tensor = op.apply(*args)
-    return y
+@torch.compiler.disable(reason="prac keeps activations outside of graphs")  # type: ignore[untyped-decorator]
+def apply(op: type[torch.autograd.Function], *args: Any) -> Any:
+    """``op.apply(*args)``, which torch.compile leaves out of its graphs.
+
+    An op keeps what it likes, changes tensors in place and draws random numbers; what a graph makes of that depends on
+    the version of torch. In 2.11 an output that was added up in place has no gradient, without a word.
+    """
+    return op.apply(*args)
 
 
 def save(ctx: Any, **groups: Sequence[Tensor | None]) -> None:

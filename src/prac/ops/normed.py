@@ -25,7 +25,7 @@ from torch import Tensor
 
 from prac.estimator import Estimator, Form, Kept, Tensors
 from prac.ops import kernels
-from prac.ops.function import Gradients, backward, cast, save, saved, shaped
+from prac.ops.function import Gradients, apply, backward, cast, save, saved, shaped
 from prac.stored import Rounded, Stored
 
 
@@ -113,7 +113,7 @@ def normalise(
         y (..., n), equal to the norm's own to rounding.
     """
     kept: list[Kept] = []
-    y, scalars_M2 = _Normed.apply(x, weight_N, bias_N, norm, estimator, dtype, kept)  # type: ignore[no-untyped-call]
+    y, scalars_M2 = apply(_Normed, x, weight_N, bias_N, norm, estimator, dtype, kept)
     return y, Normed(norm, weight_N, bias_N, kept[0], scalars_M2)
 
 
