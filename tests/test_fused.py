@@ -7,10 +7,12 @@ import warnings
 import pytest
 import torch
 from helpers import relative
+from torch.utils._pytree import tree_leaves
 
 from prac import fused as module
 from prac.config import Bits
 from prac.fused import fused
+from prac.memory.allocator import allocated
 from prac.ops import kernels
 from prac.storage import dither
 
@@ -63,6 +65,27 @@ def test_kernels_agree_with_plain_pytorch(bits: Bits, n: int, monkeypatch: pytes
     assert len(calls) == count
     for ours, theirs in zip(fast, plain, strict=True):
         assert relative(ours, theirs) < 1e-5
+
+
+@pytest.mark.skipif(not torch._inductor.config.cpp.cxx[1], reason="no C++ compiler")
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_nothing_is_written_but_what_comes_out(bits: int) -> None:
+    """One pass over memory: no code lies there in float32 before it is packed."""
+    m, n = 2048, 160  # whose groups lie across the two halves of a row
+    few = Bits(bits, group=32)
+    generator = torch.Generator().manual_seed(0)
+    g, u = torch.randn(2, m, n, generator=generator)
+    noise = dither(m, n, few, g.device, generator)
+    for kernel in (
+        lambda: kernels.gated(g, u, "silu", few),
+        lambda: kernels.activated(g, "gelu_tanh", few),
+        lambda: kernels.normalise(g, None, None, 1e-5, False, g.dtype, few, noise),
+    ):
+        size = sum(t.nbytes for t in tree_leaves(kernel()))
+        with allocated(g.device) as found:
+            kernel()
+        # Beside it, a few numbers for each group.
+        assert found.peak <= size + 0.25 * g.nbytes
 
 
 def test_any_number_of_tokens_with_a_bounded_number_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,10 @@ WORTHWHILE = 2**16
 # A kernel made for one number of tokens is up to four times as fast (on CPU) as one for any; but
 # batches whose length changes at every step must not compile at every step.
 EXACT_LENGTHS = 4
+# Inductor writes a value with several readers to memory once it takes more than so many operations. Its own threshold
+# is 30 on CUDA, and on CPU before torch 2.13: there, codes that are packed two to a byte would lie in memory in
+# float32 first, as large as the tensor that they stand for.
+OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"realize_opcount_threshold": 50}
 
 _broken = False
 _runner: Callable[..., Any] | None = None
@@ -48,7 +52,7 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
             _free_tokens(args, tokens)
         if key not in kernels:
             # torch.compile counts its kernels by code object and gives up after a few; a copy has its own count.
-            kernels[key] = torch.compile(_copy(function), dynamic=False)
+            kernels[key] = torch.compile(_copy(function), dynamic=False, options=OPTIONS)
         return kernels[key]
 
     @functools.wraps(function)

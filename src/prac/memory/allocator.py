@@ -52,7 +52,9 @@ def allocated(device: torch.device) -> Iterator[Allocated]:
         return
     # At any lower level the profiler says on stderr that it starts and stops.
     os.environ.setdefault("KINETO_LOG_LEVEL", "7")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    # One cycle alone: without acc_events torch 2.11 warns that others would be dropped.
+    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profiler:
         yield found
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
