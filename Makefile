@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# What decides whether a version of torch or transformers is one that prac works with.
+VERSIONED := $(patsubst %,tests/test_%.py,versions ops lean compile fused loss attention memory loops)
 
-.PHONY: train test test-long check format clean
+.PHONY: train test test-oldest test-newest test-long check format clean
 .DEFAULT_GOAL := train
 
 ## train: train a small LLaMA on English plainly, with the paper's PRAC and with lean, and compare
@@ -14,6 +16,11 @@ train: $(READY)
 ## test: everything that decides whether a change is right
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+## test-oldest: with the oldest versions that pyproject.toml allows
+## test-newest: with the newest that pip finds
+test-oldest test-newest: test-%: .venv-%/.ready
+	.venv-$*/bin/python -m pytest -n 2 --dist worksteal $(VERSIONED)
 
 ## test-long: what takes too long to be run with every change
 test-long: $(READY)
@@ -31,11 +38,22 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest runs .mypy_cache .ruff_cache .pytest_cache
 
 # torch first and alone, by its exact version, so that nothing later picks another build of it.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[lab,peers,dev]'
-	touch $(READY)
+	touch $@
+
+.venv-oldest/.ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --constraint constraints-oldest.txt --editable '.[lab,peers,dev]'
+	touch $@
+
+# Whatever is newest on the day when it is made: 'make clean' before asks again.
+.venv-newest/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --upgrade --editable '.[lab,peers,dev]'
+	touch $@

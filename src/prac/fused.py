@@ -42,7 +42,7 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     kernels: dict[Any, Callable[..., Any]] = {}
     lengths: dict[Any, set[int]] = {}
 
-    def kernel(args: tuple[Any, ...]) -> Callable[..., Any]:
+    def by_kernel(args: tuple[Any, ...]) -> Any:
         key, tokens = tuple(_static(a) for a in args), args[0].shape[0]
         seen = lengths.setdefault(key, set())
         if tokens in seen or len(seen) < EXACT_LENGTHS:
@@ -50,10 +50,14 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
             key = (key, tokens)
         else:
             _free_tokens(args, tokens)
-        if key not in kernels:
+        if key in kernels:
+            return kernels[key](*args)
+        # What the compiler warns of while it works is its own affair, and no error under -W error.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             # torch.compile counts its kernels by code object and gives up after a few; a copy has its own count.
             kernels[key] = torch.compile(_copy(function), dynamic=False, options=OPTIONS)
-        return kernels[key]
+            return kernels[key](*args)
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
@@ -65,7 +69,7 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
         if type(args[0]) is not Tensor or torch.compiler.is_compiling():
             return function(*args)
         try:
-            return kernel(args)(*args)
+            return by_kernel(args)
         except Exception as error:  # whatever the compiler may raise: the plain function does the same
             result = function(*args)
             _give_up(function.__name__, error)
