@@ -90,7 +90,9 @@ class Rows:
 
     def _count(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            read = next((t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()), None)
+            read = next(
+                (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()), None
+            )
             if read is not None and read.dim() > 0:
                 self.of[name] = self.of.get(name, 0) + read.numel() // max(1, read.shape[-1])
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+
 from zoo.architecture import HEADS, LAYERS, LENGTH, SAMPLES, VOCAB, WIDTH, Architecture, Batch
+from zoo.pictures import SHAPE
 from zoo.text import BART, COMMON, tokens
 
 MELS = 16
@@ -47,11 +49,48 @@ HEARS = {k: v for k, v in COMMON.items() if k != "max_position_embeddings"} | di
 )  # fmt: skip
 
 SOUND = [
-    Architecture("whisper", "WhisperForConditionalGeneration", "audio", spectrogram, BART | dict(num_mel_bins=MELS, max_source_positions=LENGTH, max_target_positions=LENGTH)),
+    Architecture(
+        "whisper",
+        "WhisperForConditionalGeneration",
+        "audio",
+        spectrogram,
+        BART | dict(num_mel_bins=MELS, max_source_positions=LENGTH, max_target_positions=LENGTH),
+    ),
     Architecture("wav2vec2", "Wav2Vec2ForCTC", "audio", waves, HEARS),
     Architecture("hubert", "HubertForCTC", "audio", waves, HEARS),
     Architecture("wavlm", "WavLMForCTC", "audio", waves, HEARS | dict(num_buckets=8, max_bucket_distance=16)),
-    Architecture("speech_to_text", "Speech2TextForConditionalGeneration", "audio", frames, BART | dict(input_feat_per_channel=MELS, conv_channels=32, max_source_positions=2 * LENGTH, max_target_positions=LENGTH)),
-    Architecture("audio-spectrogram-transformer", "ASTForAudioClassification", "audio", heard, {k: v for k, v in COMMON.items() if k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")} | dict(num_mel_bins=MELS, max_length=2 * LENGTH, patch_size=8, frequency_stride=8, time_stride=8)),
-    Architecture("musicgen_decoder", "MusicgenForCausalLM", "audio", codes, dict(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS, ffn_dim=128, num_codebooks=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=0)),
+    Architecture(
+        "speech_to_text",
+        "Speech2TextForConditionalGeneration",
+        "audio",
+        frames,
+        BART
+        | dict(
+            input_feat_per_channel=MELS, conv_channels=32, max_source_positions=2 * LENGTH, max_target_positions=LENGTH
+        ),
+    ),
+    Architecture(
+        "audio-spectrogram-transformer",
+        "ASTForAudioClassification",
+        "audio",
+        heard,
+        SHAPE | dict(num_mel_bins=MELS, max_length=2 * LENGTH, patch_size=8, frequency_stride=8, time_stride=8),
+    ),
+    Architecture(
+        "musicgen_decoder",
+        "MusicgenForCausalLM",
+        "audio",
+        codes,
+        dict(
+            vocab_size=VOCAB,
+            hidden_size=WIDTH,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            ffn_dim=128,
+            num_codebooks=2,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            bos_token_id=0,
+        ),
+    ),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+
 from zoo.architecture import HEADS, IGNORED, LAYERS, LENGTH, SAMPLES, VOCAB, WIDTH, Architecture, Batch
 
 COMMON = dict(
@@ -66,7 +67,12 @@ DECODERS = [
     _decoder("llama", "Llama", GROUPED),
     _decoder("qwen3", "Qwen3", GROUPED),
     _decoder("gemma2", "Gemma2", GROUPED | dict(query_pre_attn_scalar=16, sliding_window=16)),
-    _decoder("gemma3_text", "Gemma3", GROUPED | dict(query_pre_attn_scalar=16, sliding_window=16, layer_types=["sliding_attention", "full_attention"])),
+    _decoder(
+        "gemma3_text",
+        "Gemma3",
+        GROUPED
+        | dict(query_pre_attn_scalar=16, sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
+    ),
     _decoder("phi3", "Phi3", COMMON | dict(num_key_value_heads=2)),
     Architecture("gpt2", "GPT2LMHeadModel", "decoder", tokens, GPT),
     _decoder("gpt_neox", "GPTNeoX", COMMON | dict(rotary_pct=0.5)),
@@ -101,35 +107,155 @@ MIXTURES = [
 HYBRIDS = [
     _decoder(name, of_class, config, "hybrid")
     for name, of_class, config in (
-        ("jamba", "Jamba", EXPERTS | dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, mamba_d_state=8, mamba_dt_rank=8, use_mamba_kernels=False)),
+        (
+            "jamba",
+            "Jamba",
+            EXPERTS
+            | dict(
+                attn_layer_period=2,
+                attn_layer_offset=1,
+                expert_layer_period=2,
+                expert_layer_offset=1,
+                mamba_d_state=8,
+                mamba_dt_rank=8,
+                use_mamba_kernels=False,
+            ),
+        ),
         ("bamba", "Bamba", GROUPED | STATES | dict(attn_layer_indices=[1])),
-        ("zamba2", "Zamba2", COMMON | dict(num_key_value_heads=4, mamba_ngroups=1, n_mamba_heads=8, mamba_d_state=8, mamba_headdim=16, chunk_size=8, layers_block_type=["mamba", "hybrid"], num_mem_blocks=1, use_mem_rope=True)),
+        (
+            "zamba2",
+            "Zamba2",
+            COMMON
+            | dict(
+                num_key_value_heads=4,
+                mamba_ngroups=1,
+                n_mamba_heads=8,
+                mamba_d_state=8,
+                mamba_headdim=16,
+                chunk_size=8,
+                layers_block_type=["mamba", "hybrid"],
+                num_mem_blocks=1,
+                use_mem_rope=True,
+            ),
+        ),
         ("falcon_h1", "FalconH1", GROUPED | STATES),
-        ("recurrent_gemma", "RecurrentGemma", GROUPED | dict(lru_width=WIDTH, attention_window_size=16, block_types=["recurrent", "attention"])),
-        ("mamba2", "Mamba2", dict(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_heads=8, head_dim=16, state_size=8, n_groups=1, chunk_size=8, expand=2)),
+        (
+            "recurrent_gemma",
+            "RecurrentGemma",
+            GROUPED | dict(lru_width=WIDTH, attention_window_size=16, block_types=["recurrent", "attention"]),
+        ),
+        (
+            "mamba2",
+            "Mamba2",
+            dict(
+                vocab_size=VOCAB,
+                hidden_size=WIDTH,
+                num_hidden_layers=LAYERS,
+                num_heads=8,
+                head_dim=16,
+                state_size=8,
+                n_groups=1,
+                chunk_size=8,
+                expand=2,
+            ),
+        ),
         ("mamba", "Mamba", dict(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS, state_size=8)),
         ("lfm2", "Lfm2", GROUPED | dict(full_attn_idxs=[1], block_multiple_of=32)),
-        ("qwen3_next", "Qwen3Next", EXPERTS | dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16, shared_expert_intermediate_size=WIDTH, layer_types=["linear_attention", "full_attention"])),
+        (
+            "qwen3_next",
+            "Qwen3Next",
+            EXPERTS
+            | dict(
+                linear_num_value_heads=4,
+                linear_num_key_heads=2,
+                linear_key_head_dim=16,
+                linear_value_head_dim=16,
+                shared_expert_intermediate_size=WIDTH,
+                layer_types=["linear_attention", "full_attention"],
+            ),
+        ),
     )
 ]
 ENCODERS = [
     Architecture("bert", "BertForSequenceClassification", "encoder", classes, COMMON),
     Architecture("roberta", "RobertaForMaskedLM", "encoder", tokens, COMMON),
-    Architecture("deberta-v2", "DebertaV2ForMaskedLM", "encoder", tokens, COMMON | dict(relative_attention=True, pos_att_type=["p2c", "c2p"], legacy=False)),
+    Architecture(
+        "deberta-v2",
+        "DebertaV2ForMaskedLM",
+        "encoder",
+        tokens,
+        COMMON | dict(relative_attention=True, pos_att_type=["p2c", "c2p"], legacy=False),
+    ),
     Architecture("electra", "ElectraForPreTraining", "encoder", detected, COMMON | dict(embedding_size=32)),
-    Architecture("modernbert", "ModernBertForMaskedLM", "encoder", tokens, COMMON | dict(cls_token_id=1, sep_token_id=2)),
-    Architecture("big_bird", "BigBirdForMaskedLM", "encoder", long, COMMON | dict(block_size=4, num_random_blocks=1, max_position_embeddings=128)),
-    Architecture("funnel", "FunnelForSequenceClassification", "encoder", classes, dict(vocab_size=VOCAB, block_sizes=[1, 1], num_decoder_layers=1, d_model=WIDTH, n_head=HEADS, d_head=16, d_inner=2 * WIDTH)),
+    Architecture(
+        "modernbert", "ModernBertForMaskedLM", "encoder", tokens, COMMON | dict(cls_token_id=1, sep_token_id=2)
+    ),
+    Architecture(
+        "big_bird",
+        "BigBirdForMaskedLM",
+        "encoder",
+        long,
+        COMMON | dict(block_size=4, num_random_blocks=1, max_position_embeddings=128),
+    ),
+    Architecture(
+        "funnel",
+        "FunnelForSequenceClassification",
+        "encoder",
+        classes,
+        dict(
+            vocab_size=VOCAB,
+            block_sizes=[1, 1],
+            num_decoder_layers=1,
+            d_model=WIDTH,
+            n_head=HEADS,
+            d_head=16,
+            d_inner=2 * WIDTH,
+        ),
+    ),
     Architecture("albert", "AlbertForMaskedLM", "encoder", tokens, COMMON | dict(embedding_size=32)),
-    Architecture("distilbert", "DistilBertForMaskedLM", "encoder", tokens, dict(vocab_size=VOCAB, dim=WIDTH, hidden_dim=2 * WIDTH, n_layers=LAYERS, n_heads=HEADS)),
+    Architecture(
+        "distilbert",
+        "DistilBertForMaskedLM",
+        "encoder",
+        tokens,
+        dict(vocab_size=VOCAB, dim=WIDTH, hidden_dim=2 * WIDTH, n_layers=LAYERS, n_heads=HEADS),
+    ),
 ]
 ENCODER_DECODERS = [
-    Architecture("t5", "T5ForConditionalGeneration", "encoder-decoder", pairs, T5 | dict(feed_forward_proj="gated-gelu")),
+    Architecture(
+        "t5", "T5ForConditionalGeneration", "encoder-decoder", pairs, T5 | dict(feed_forward_proj="gated-gelu")
+    ),
     Architecture("bart", "BartForConditionalGeneration", "encoder-decoder", pairs, BART),
     Architecture("pegasus", "PegasusForConditionalGeneration", "encoder-decoder", pairs, BART),
     Architecture("marian", "MarianMTModel", "encoder-decoder", pairs, BART | dict(decoder_vocab_size=VOCAB)),
     Architecture("m2m_100", "M2M100ForConditionalGeneration", "encoder-decoder", pairs, BART),
-    Architecture("prophetnet", "ProphetNetForConditionalGeneration", "encoder-decoder", pairs, dict(vocab_size=VOCAB, hidden_size=WIDTH, encoder_ffn_dim=2 * WIDTH, decoder_ffn_dim=2 * WIDTH, num_encoder_layers=LAYERS, num_decoder_layers=LAYERS, num_encoder_attention_heads=HEADS, num_decoder_attention_heads=HEADS, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=0, max_position_embeddings=64)),
-    Architecture("switch_transformers", "SwitchTransformersForConditionalGeneration", "encoder-decoder", pairs, T5 | dict(num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1)),
+    Architecture(
+        "prophetnet",
+        "ProphetNetForConditionalGeneration",
+        "encoder-decoder",
+        pairs,
+        dict(
+            vocab_size=VOCAB,
+            hidden_size=WIDTH,
+            encoder_ffn_dim=2 * WIDTH,
+            decoder_ffn_dim=2 * WIDTH,
+            num_encoder_layers=LAYERS,
+            num_decoder_layers=LAYERS,
+            num_encoder_attention_heads=HEADS,
+            num_decoder_attention_heads=HEADS,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=0,
+            max_position_embeddings=64,
+        ),
+    ),
+    Architecture(
+        "switch_transformers",
+        "SwitchTransformersForConditionalGeneration",
+        "encoder-decoder",
+        pairs,
+        T5 | dict(num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1),
+    ),
 ]
 TEXT = [*DECODERS, *MIXTURES, *HYBRIDS, *ENCODERS, *ENCODER_DECODERS]
