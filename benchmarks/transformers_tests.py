@@ -21,7 +21,6 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -36,11 +35,8 @@ Lines = dict[str, results.Row]
 
 def outcomes(source: Path, model: str, compressed: bool, more: list[str], limit: float) -> tuple[Lines, str]:
     """What each test of a model's file did, by name, and why there are fewer than there should be ("" if all ran)."""
-    paths = [
-        HERE,
-        HERE.parent / "src",
-        *([source / "src"] if (source / "src" / "transformers" / "__init__.py").exists() else []),
-    ]
+    own = source / "src"
+    paths = [HERE, HERE.parent / "src", *([own] if (own / "transformers" / "__init__.py").exists() else [])]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")]),
         "HF_HUB_OFFLINE": "1",
@@ -74,6 +70,15 @@ def compared(model: str, plain: tuple[Lines, str], ours: tuple[Lines, str]) -> r
     return row
 
 
+def told(row: results.Row) -> str:
+    """What is wrong, a line each."""
+    lines = [f"broken: {test}: {error}" for test, error in row["broken"].items()]
+    lines += [
+        f"{way} prac: {row[key]}" for way, key in (("without", "stopped"), ("with", "stopped_with_prac")) if row[key]
+    ]
+    return "".join(f"\n    {line}" for line in lines)
+
+
 def table(rows: list[results.Row]) -> Table:
     """A line for each model."""
     shown = Table(title="passed / failed / skipped")
@@ -95,7 +100,7 @@ def parsed(argv: list[str] | None = None) -> argparse.Namespace:
         "--models", nargs="+", default=list(MODELS), help=f"of tests/models (default: {' '.join(MODELS)})"
     )
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for one file one way (default: 1800)")
-    parser.add_argument("--workers", type=int, default=2, help="files at a time (default: 2)")
+    parser.add_argument("--workers", type=int, default=2, help="models at a time (default: 2)")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "transformers_tests.json", help="rows go here")
     parser.add_argument("more", nargs="*", help="for pytest, after --")
     arguments = parser.parse_args(argv)
@@ -110,23 +115,19 @@ def main() -> int:
     arguments = parsed()
     console = Console()
 
-    def run(job: tuple[str, bool]) -> Any:
-        model, compressed = job
-        found = outcomes(arguments.source.resolve(), model, compressed, arguments.more, arguments.timeout)
-        console.print(
-            f"{model}, {'with' if compressed else 'without'} prac: {len(found[0])} tests {found[1]}", markup=False
-        )
-        return found
+    def run(model: str) -> results.Row:
+        both = [
+            outcomes(arguments.source.resolve(), model, compressed, arguments.more, arguments.timeout)
+            for compressed in (False, True)
+        ]
+        row = compared(model, *both)
+        console.print(f"{model}: {sum(row['prac'].values())} tests{told(row)}", markup=False, highlight=False)
+        return row
 
-    jobs = [(model, compressed) for model in arguments.models for compressed in (False, True)]
     with ThreadPoolExecutor(arguments.workers) as pool:
-        found = dict(zip(jobs, pool.map(run, jobs), strict=True))
-    rows = [compared(model, found[model, False], found[model, True]) for model in arguments.models]
+        rows = list(pool.map(run, arguments.models))
     results.write(arguments.json, "benchmarks/transformers_tests.py", rows)
     console.print(table(rows))
-    for row in rows:
-        for test, error in row["broken"].items():
-            console.print(f"broken: {test}\n    {error}", markup=False, highlight=False)
     return int(any(row["broken"] or row["not_reached"] for row in rows))
 
 
