@@ -112,4 +112,7 @@ class _Outcomes:
         """Of each phase, and of each subtest."""
         self.outcomes.append(report.outcome)
         if report.outcome == "failed" and not self.error:
-            self.error = str(report.longrepr).strip().splitlines()[-1]
+            crash = getattr(report.longrepr, "reprcrash", None)
+            self.error = (str(report.longrepr) if crash is None else f"{crash.path}:{crash.lineno}: {crash.message}")[
+                :300
+            ]
