@@ -50,7 +50,15 @@ class Conversion:
 
     def names(self, model: nn.Module) -> list[str]:
         """Of the modules whose inputs and outputs matter."""
-        modules, found = dict(model.named_modules()), self._found(model)
+        modules = dict(model.named_modules())
+        layers = [module for module in modules.values() if isinstance(module, Compressed)]
+        for layer in layers:
+            layer._prac.suspended = True
+        try:
+            found = self._found(model)
+        finally:
+            for layer in layers:
+                layer._prac.suspended = False
         return [n for n, match in found.items() if isinstance(match, Match) or isinstance(modules[n], Compressed)]
 
     def _found(self, model: nn.Module) -> dict[str, Match | str | None]:
@@ -174,7 +182,7 @@ class Conversion:
         """Give every module its own class back: those in ``model``, copies too, and those that have left it."""
         originals: dict[nn.Module, nn.Module] = {}
         for module in dict.fromkeys([*model.modules(), *self._layers]):
-            if isinstance(module, Compressed):
+            if "_prac" in vars(module):  # also where somebody gave it another class since
                 record = unswap(module)
                 if record.stands_for is not None:
                     originals[module] = record.stands_for

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from prac.ops.attention import why_not
-from prac.quiet import quietly
+from prac.quiet import quietly, without_node
 from prac.structure import Example, running, tensors_in
 
 
@@ -60,9 +60,8 @@ def probe(model: nn.Module, names: Sequence[str], args: Sequence[Any], kwargs: M
                 with Watch(model, names) as watch:
                     seen.append(watch.structure(model(*args, **kwargs), args, kwargs))
             except Exception as error:  # a stranger's forward; the other mode may do
-                failed = error
-    if not seen:
-        assert failed is not None
+                failed = error.with_traceback(None)  # which would hold this frame, and all that it refers to
+    if failed is not None and not seen:
         raise failed
     return seen[0] if len(seen) == 1 else _together(*seen)
 
@@ -145,8 +144,7 @@ class Watch:
         return hook
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        # An output that its own node saves would keep itself alive, in a cycle that nobody can break.
-        tensor = tensor if tensor.grad_fn is None else tensor.detach()
+        tensor = without_node(tensor)
         if not self._inside:
             self._kept[_storage(tensor)] = tensor.detach()
         return tensor

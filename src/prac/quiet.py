@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import random
+import sys
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 HOOKS = [name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))]
@@ -17,29 +20,40 @@ GLOBAL_HOOKS = [
 ]
 
 
+MOST = 20_000  # objects that are looked at; what a module refers to may be a whole program
+_SIMPLE = (bool, int, float, complex, str, bytes, type(None), type, FunctionType, BuiltinFunctionType, MethodType)
+
+
 @contextmanager
 def quietly(model: nn.Module) -> Iterator[None]:
     """Inside the block nobody's hooks are called; whatever running ``model`` changes is put back afterwards.
 
-    That is: attributes of its modules, what their lists and dicts hold, their buffers, what they read from configs,
-    the random state, the process's own hooks. Inside ``torch.inference_mode`` it runs without.
+    That is: hooks on modules, on the process and on saved tensors; attributes of its modules and of the objects that
+    they refer to (configs), what is in their lists and dicts, buffers and other tensors but the parameters; random
+    states. Inside ``torch.inference_mode`` it runs without.
     """
-    places = [*model.modules(), *_configs(model)]
     with ExitStack() as stack, _no_inference_mode():
-        for place in places:
-            stack.callback(_put_back, place, dict(vars(place)), _containers(place))
+        for thing in _reachable(model):
+            stack.callback(*_way_back(thing))
         for name in GLOBAL_HOOKS:
             hooks = getattr(torch_module, name)
             stack.callback(hooks.update, dict(hooks))
             hooks.clear()
         for module in model.modules():
             vars(module).update((name, OrderedDict()) for name in HOOKS if name in vars(module))
-        for buffer in model.buffers():
-            if not buffer.is_meta:
-                stack.callback(_copy_back, buffer, buffer.detach().clone())
+        stack.callback(random.setstate, random.getstate())
+        if "numpy" in sys.modules:
+            numbers = sys.modules["numpy"].random
+            stack.callback(numbers.set_state, numbers.get_state())
         cuda = {p.device for p in model.parameters() if p.device.type == "cuda"}
         stack.enter_context(torch.random.fork_rng(devices=list(cuda)))
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(without_node, lambda tensor: tensor))
         yield
+
+
+def without_node(tensor: Tensor) -> Tensor:
+    """A saved tensor as it is, but for its graph: an output that its own node saves would keep itself alive."""
+    return tensor if tensor.grad_fn is None else tensor.detach()
 
 
 @contextmanager
@@ -50,35 +64,48 @@ def _no_inference_mode() -> Iterator[None]:
         yield
 
 
-def _configs(model: nn.Module) -> list[Any]:
-    """The plain objects that modules refer to, such as their config, and those inside of them."""
-    found: dict[int, Any] = {}
-    todo = [value for module in model.modules() for value in vars(module).values()]
-    while todo:
-        value = todo.pop()
-        if id(value) in found or not type(value).__name__.endswith("Config") or not hasattr(value, "__dict__"):
+def _reachable(model: nn.Module) -> Iterator[Any]:
+    """The modules, and what they refer to that can be changed in place, each once."""
+    seen: set[int] = set()
+    todo: list[Any] = [model]
+    while todo and len(seen) < MOST:
+        thing = todo.pop()
+        if isinstance(thing, (*_SIMPLE, ModuleType, nn.Parameter)) or id(thing) in seen:
             continue
-        found[id(value)] = value
-        todo += vars(value).values()
-    return list(found.values())
+        seen.add(id(thing))
+        yield thing
+        if isinstance(thing, dict):
+            todo += thing.values()
+        elif isinstance(thing, list | tuple | set | frozenset | deque):
+            todo += thing
+        elif not isinstance(thing, Tensor) and hasattr(thing, "__dict__"):
+            todo += vars(thing).values()
 
 
-def _containers(place: Any) -> list[tuple[Any, Any]]:
-    """What its attributes hold that can be changed in place, with a copy of each."""
-    return [(value, value.copy()) for value in vars(place).values() if isinstance(value, dict | list | set)]
+def _way_back(thing: Any) -> tuple[Any, ...]:
+    """A function, and its arguments, that makes a thing what it is now."""
+    if isinstance(thing, Tensor):
+        has_numbers = not thing.is_meta and thing.is_leaf
+        return (_copy_back, thing, thing.detach().clone()) if has_numbers else (_nothing,)
+    if isinstance(thing, torch.Generator):
+        return thing.set_state, thing.get_state()
+    if isinstance(thing, dict | list | set | deque):
+        return _fill, thing, thing.copy()
+    if type(thing).__name__ == "ndarray":
+        return thing.__setitem__, ..., thing.copy()
+    return (_fill, vars(thing), dict(vars(thing))) if hasattr(thing, "__dict__") else (_nothing,)
 
 
-def _put_back(place: Any, attributes: dict[str, Any], containers: list[tuple[Any, Any]]) -> None:
-    vars(place).clear()
-    vars(place).update(attributes)
-    for container, before in containers:
-        if isinstance(container, list):
-            container[:] = before
-        else:
-            container.clear()
-            container.update(before)
+def _nothing() -> None:
+    pass
 
 
-def _copy_back(buffer: torch.Tensor, before: torch.Tensor) -> None:
+def _fill(container: Any, before: Any) -> None:
+    """Put back what was in it."""
+    container.clear()
+    container.extend(before) if isinstance(container, list | deque) else container.update(before)
+
+
+def _copy_back(tensor: Tensor, before: Tensor) -> None:
     with torch.no_grad():
-        buffer.copy_(before)
+        tensor.copy_(before)

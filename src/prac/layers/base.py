@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import sys
 import warnings
 from dataclasses import dataclass, field
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
@@ -44,7 +46,7 @@ class Way(NamedTuple):
     """What decides, beside its tensors and children, what a module computes."""
 
     forward: Any  # of its class
-    settings: dict[str, Any]  # its plain attributes
+    settings: dict[str, Any]  # its plain attributes, and its functions
 
     def differs(self, module: nn.Module, of_class: type[nn.Module]) -> str:
         """What is not as it was, or ""."""
@@ -59,12 +61,13 @@ class Way(NamedTuple):
 
 def way(module: nn.Module) -> Way:
     """The module's way of computing, to be compared with a later one."""
-    plain = {
+    plain: Any = bool | int | float | str | FunctionType | BuiltinFunctionType | functools.partial | type | None
+    settings = {
         name: value
         for name, value in vars(module).items()
-        if name != "training" and not name.startswith("_") and isinstance(value, bool | int | float | str | None)
+        if name != "training" and not name.startswith("_") and isinstance(value, plain)
     }
-    return Way(type(module).forward, plain)
+    return Way(type(module).forward, settings)
 
 
 @dataclass
@@ -138,6 +141,8 @@ class Compressed(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's, in training with what it keeps compressed."""
+        if not isinstance(self, Compressed):  # restored, and called by a method that somebody took before
+            return type(self).forward(self, *args, **kwargs)
         if self._prac.suspended or not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
         if not self.training:
@@ -297,15 +302,22 @@ def _without(of_class: type, swapped: type, original: type[nn.Module]) -> type[n
     if swapped not in of_class.__mro__:
         return of_class
     bases = tuple(_without(base, swapped, original) for base in of_class.__bases__)
+    if any("__class__" in f.__code__.co_freevars for f in vars(of_class).values() if isinstance(f, FunctionType)):
+        of_class.__bases__ = bases  # its methods call super(), which in a copy of the class would be another's
+        return of_class
     inside = {name: value for name, value in vars(of_class).items() if name not in ("__dict__", "__weakref__")}
     return type(of_class.__name__.replace(swapped.__name__, original.__name__), bases, inside)
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody hooked on to the module, and would miss a call that is made without it."""
+    """Whether somebody hooked on to the module, or to all, and would miss a call that is made without it."""
+    return has_hooks(module) or _has_any_global_hook()
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether it has hooks of its own, but for those that only count."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    hooked = any(not getattr(hook, "only_counts", False) for table in hooks for hook in table.values())
-    return hooked or _has_any_global_hook()
+    return any(not getattr(hook, "only_counts", False) for table in hooks for hook in table.values())
 
 
 def overrides_forward(module: nn.Module) -> bool:

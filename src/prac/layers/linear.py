@@ -24,6 +24,10 @@ class Linear(Compressed):
         """Weight (o, n) and bias (o,)."""
         return self.weight, self.bias
 
+    def differs(self) -> str:
+        """As for any layer; of its attributes, which pruning changes, the formula asks nothing."""
+        return self._prac.way._replace(settings={}).differs(self, self._prac.original)
+
     def _compressed(self, x: Tensor) -> Tensor:
         """(..., n) to (..., o)."""
         source, keep_y, scalars_M2 = source_of(x), self.estimators.get("y"), None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from prac.config import Kind
 from prac.estimator import Tensors
 from prac.layers.activation import function_of
-from prac.layers.base import Compressed, Match, Way, is_hooked, trained, way
+from prac.layers.alike import distance
+from prac.layers.base import Compressed, Match, Way, has_hooks, is_hooked, trained, way
 from prac.layers.linear import Linear
 from prac.ops import ACTIVATIONS, Activation, Normed, glu, norm_mlp, product
 from prac.quiet import quietly
@@ -55,6 +57,9 @@ class MLP(Compressed):
             child = self._modules.get(name)
             if child is None or "forward" in vars(child) or then.differs(child, type(child)):
                 return f"its {name} was changed"
+        original = self._prac.match.facts.roles.original
+        if original and has_hooks(self.get_submodule(original)):  # what they do has no derivative here
+            return f"its {original} has hooks"
         return super().differs()
 
     def _compressed(self, x: Tensor) -> Tensor:
@@ -137,6 +142,8 @@ def recognise(module: nn.Module, device: torch.device | None = None) -> Match | 
     active dropout but one at the end. Each way to assign the roles is tried on random input against the
     module itself, so neither names nor classes matter.
     """
+    if any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False)):
+        return None  # it does something with them
     children = dict(module.named_children())
     linears = {name: child for name, child in children.items() if hasattr(child, "in_features") or hasattr(child, "nf")}
     others = [name for name, child in children.items() if name not in linears and not _is_idle(child)]
@@ -207,44 +214,34 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
 def _computed_by(module: nn.Module, candidates: list[tuple[Roles, int]]) -> list[tuple[Roles, int]]:
     """Those of the candidates that the module computes, in both modes; of those that differ in f alone, the nearest."""
     errors: dict[tuple[Roles, int], float] = {}
-    for first in dict.fromkeys(roles.into[0] for roles, _ in candidates):
+    for roles, width in candidates:
         try:
-            errors |= _errors(module, first, [c for c in candidates if c[0].into[0] == first])
+            x = _tokens(module, roles)
         except Exception:  # any failure of a stranger's forward means: not an MLP that begins so
             continue
+        held = [module.get_submodule(roles.dropout)] if roles.dropout else []
+        error = distance(module, functools.partial(_expected, module, roles), x, held=held)
+        if error <= 32 * torch.finfo(x.dtype).eps:
+            errors[roles, width] = error
     nearest: dict[Roles, tuple[Roles, int]] = {}
     for roles, width in sorted(errors, key=lambda found: errors[found]):
         nearest.setdefault(roles._replace(function=candidates[0][0].function), (roles, width))
     return list(nearest.values())
 
 
-def _errors(module: nn.Module, first: str, candidates: list[tuple[Roles, int]]) -> dict[tuple[Roles, int], float]:
-    """The error of each candidate that comes near what the module computes; ``first`` is the layer that they read by.
+def _tokens(module: nn.Module, roles: Roles) -> Tensor:
+    """Random tokens of three sizes, the first of which brings the outputs of the first layer to where f bends.
 
-    On random tokens that bring its outputs to the size where f bends, so that the factors can be told apart, on the
-    module's own device, and to the rounding of its dtype.
+    So factors can be told apart, and limits that are put on large values show.
     """
-    parameter = next(module.get_submodule(first).parameters())
+    first = module.get_submodule(roles.into[0])
+    parameter = next(first.parameters())
     f32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the process's defaults are
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 2, _shape(module.get_submodule(first))[0], generator=generator, **f32).to(parameter)
-    found: dict[tuple[Roles, int], float] = {}
+    x = torch.randn(1, 6, _shape(first)[0], generator=torch.Generator().manual_seed(0), **f32).to(parameter)
     with quietly(module):
-        size = module.eval().get_submodule(first)(x).float().square().mean().sqrt().item()
-        x = x * (2 / size) if 0 < size < 2 else x
-        ys = []
-        for mode in (False, True):
-            module.train(mode)
-            if candidates[0][0].dropout:
-                module.get_submodule(candidates[0][0].dropout).eval()
-            ys.append(module(x.clone()))
-        module.eval()
-        for roles, width in candidates:
-            expected = _expected(module, roles, x.clone())
-            error = max(_distance(y, expected) for y in ys)
-            if error <= 16 * torch.finfo(expected.dtype).eps:
-                found[roles, width] = error
-    return found
+        size = module.eval().get_submodule(roles.into[0])(x).float().square().mean().sqrt().item()
+    sizes = torch.tensor([1.0, 1.0, 5.0, 5.0, 40.0, 40.0], **f32).to(parameter).unsqueeze(1)
+    return x * sizes / max(size, 1e-3)
 
 
 def _expected(module: nn.Module, roles: Roles, x: Tensor) -> Tensor:
@@ -257,14 +254,6 @@ def _expected(module: nn.Module, roles: Roles, x: Tensor) -> Tensor:
         h = f(module.get_submodule(roles.into[0])(x))
     y: Tensor = module.get_submodule(roles.down)(h)
     return y
-
-
-def _distance(y: object, expected: Tensor) -> float:
-    """The largest difference, in units of the largest value."""
-    if not isinstance(y, Tensor) or y.shape != expected.shape or y.dtype != expected.dtype:
-        return float("inf")
-    largest = expected.abs().max().float()
-    return ((y - expected).abs().max().float() / largest).item() if largest else float((y != expected).any())
 
 
 @torch.no_grad()

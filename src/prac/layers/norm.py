@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from prac.config import Kind
+from prac.layers.alike import distance
 from prac.layers.base import Compressed, Match, trained
 from prac.ops import Norm, layer_norm, normalise, rms_norm
-from prac.quiet import quietly
 from prac.source import mark
 from prac.tangible import tangible
 
@@ -43,7 +46,7 @@ class RMSNorm(Compressed):
         """(..., n) to (..., n)."""
         if not trained(x, self.weight):
             return self._original(x)
-        estimator, norm = self.estimators["x"], self._prac.match.facts
+        estimator, norm = self.estimators["x"], _norm(self, x)
         return rms_norm(x, self.weight, norm.eps, estimator, offset=norm.offset, compute=self._original)
 
 
@@ -60,7 +63,7 @@ class SharedNorm(Compressed):
         bias = getattr(self, "bias", None)
         if not trained(x, self.weight, bias):
             return self._original(x)
-        y, normed = normalise(x, self.weight, bias, self._prac.match.facts, self.estimators["x"], self._dtype(x))
+        y, normed = normalise(x, self.weight, bias, _norm(self, x), self.estimators["x"], self._dtype(x))
         return mark(y, normed._replace(weight=self._lasting(self.weight), bias=self._lasting(bias)))
 
     def _lasting(self, p: Tensor | None) -> Tensor | None:
@@ -74,6 +77,11 @@ class SharedNorm(Compressed):
         if self._prac.match.facts.centered:
             return torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
         return x.dtype if self.weight is None else torch.promote_types(x.dtype, self.weight.dtype)
+
+
+def _norm(layer: Compressed, x: Tensor) -> Norm:
+    norm: Norm = layer._prac.match.facts
+    return norm if norm.eps is not None else norm._replace(eps=machine_eps(x.dtype))
 
 
 def recognise(module: nn.Module) -> Match | str | None:
@@ -96,39 +104,43 @@ def recognise(module: nn.Module) -> Match | str | None:
     return Match(RMSNorm, {"x": weight.numel()}, Norm(*formula, False), grouped=SharedNorm)
 
 
-@torch.no_grad()
-def _rms_formula(module: nn.Module, n: int) -> tuple[float, float] | None:
-    """(eps, offset) if ``module(x) = (offset + γ) x / √(mean x² + eps)``, found by evaluating it.
+def _rms_formula(module: nn.Module, n: int) -> tuple[float | None, float] | None:
+    """(eps, offset) if ``module(x) = (offset + γ) x / √(mean x² + eps)``; of an eps of None, None.
 
     Models write their own RMSNorm; what the class is called does not say whether γ or 1 + γ
     multiplies, nor which attribute holds eps. A float32 copy with random weights does.
     """
     with tangible(module) as real:
-        twin = copy.deepcopy(real).float()
-        with quietly(twin):
-            in_eval, in_training = (_evaluated(twin.train(mode), n) for mode in (False, True))
-    return in_eval if in_eval == in_training else None
+        return _evaluated(copy.deepcopy(real).float(), n)
 
 
-@torch.no_grad()
-def _evaluated(twin: nn.Module, n: int) -> tuple[float, float] | None:
+def _evaluated(twin: nn.Module, n: int) -> tuple[float | None, float] | None:
     generator, device = torch.Generator().manual_seed(0), twin.get_parameter("weight").device
     f32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the process's defaults are
     weight = (torch.rand(n, generator=generator, **f32) + 0.5).to(device)
-    twin.get_parameter("weight").copy_(weight)
+    with torch.no_grad():
+        twin.get_parameter("weight").copy_(weight)
     found = [vars(twin)[a] for a in ("eps", "variance_epsilon", "epsilon") if a in vars(twin)]
-    # nn.RMSNorm's None is the machine epsilon of the input's dtype; at float32's, it is nothing.
-    eps = next((float(e) for e in found if e is not None), torch.finfo(torch.float32).eps)
+    its_eps = next((float(e) for e in found if e is not None), None)
+    eps = machine_eps(torch.float32) if its_eps is None else its_eps
     # Rows of ordinary size, and rows so small that eps decides.
     sizes = torch.tensor([[1.0], [max(eps, 1e-12) ** 0.5]] * 4, **f32)
     x = (torch.randn(8, n, generator=generator, **f32) * sizes).to(device)
-    try:
-        y = twin(x.clone())
-    except Exception:  # any failure of a stranger's forward means: not this formula
-        return None
-    x_hat = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     for offset in (0.0, 1.0):
-        expected = (offset + weight) * x_hat
-        if isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y.float(), expected, rtol=1e-4, atol=1e-6):
-            return eps, offset
+
+        def formula(x: Tensor, offset: float = offset) -> Tensor:
+            return (offset + weight) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+        if distance(twin, formula, x) < 1e-4:
+            return its_eps, offset
     return None
+
+
+@functools.cache
+def machine_eps(dtype: torch.dtype) -> float:
+    """What ``F.rms_norm`` takes for an eps of None: the machine epsilon of the input's dtype, or of a wider one."""
+    with unset_fake_temporarily():
+        x = torch.full((1, 16), 2.0**-12, dtype=dtype, device="cpu")
+        size = (x / F.rms_norm(x, (16,))).double().square().mean().item()  # x² + eps
+    found = (torch.finfo(d).eps for d in (dtype, torch.promote_types(dtype, torch.float32)))
+    return min(found, key=lambda eps: abs(size - 2.0**-24 - eps))

@@ -32,7 +32,7 @@ from prac.stored import Rounded, Stored
 class Norm(NamedTuple):
     """What a norm does: ``(offset + γ) x̂ + β``, centered for LayerNorm."""
 
-    eps: float
+    eps: Any  # a float; None, in what is noted of a layer, for the machine epsilon of its input
     offset: float
     centered: bool
 
