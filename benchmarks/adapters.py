@@ -69,7 +69,7 @@ def main() -> int:
     arguments, more = parser.parse_known_args()
     if not arguments.model.exists():
         unpack(arguments.model)
-    text = arguments.runs / "speeches"
+    text = arguments.runs.with_name(f"{arguments.runs.name}-speeches")  # no run is in the folder that it reads
     speeches(text)
     given = ["--model", str(arguments.model), "--data", str(text), "--methods", ",".join(METHODS), *TRAINING]
     kept = ["--resume", "--save-every", "0", "--out", str(arguments.runs), "--json", str(HERE / "adapters.json")]

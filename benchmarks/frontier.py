@@ -34,7 +34,7 @@ from rich.table import Table
 import prac
 from prac import PRESETS, Bits, Config, Rank
 from prac.cli import parser as command_parser
-from prac.lab import bench, blocks, checkpoints, compare, plots, report, results, train
+from prac.lab import bench, blocks, checkpoints, children, plots, report, results, train
 from prac.lab.command import options as parse_options
 
 HERE = Path(__file__).parent / "results"
@@ -83,7 +83,7 @@ def losses(arguments: argparse.Namespace) -> dict[str, dict[int, float]]:
         seed, name = job
         folder = arguments.runs / f"{name.replace(' ', '-').replace(',', '')}-seed{seed}"
         options = command(name, settings()[name])
-        if compare.launch(["train", *common, *options, "--seed", str(seed), "--out", str(folder)]):
+        if children.launch(["train", *common, *options, "--seed", str(seed), "--out", str(folder)]):
             raise SystemExit(f"{name} failed; its folder is {folder}")
         loss: float = report.read_run(folder)["row"]["val_loss"]
         print(f"{name:26s} seed {seed}: {loss:.4f}", flush=True)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prac import files
-from prac.lab import compare, plots, report, results
+from prac.lab import children, plots, report, results
 
 HERE = Path(__file__).parent / "results"
 COLOURS = (*plots.PALETTE, "#000000")  # one for each setting
@@ -54,7 +54,7 @@ def main() -> None:
 
     def run(name: str) -> dict[str, object]:
         folder = arguments.runs / name.replace(" ", "-").replace(",", "")
-        code = compare.launch(["train", *SETTINGS[name], *common, "--out", str(folder)])
+        code = children.launch(["train", *SETTINGS[name], *common, "--out", str(folder)])
         if code:
             raise SystemExit(f"{name} failed (exit code {code}); its folder is {folder}")
         return report.read_run(folder)

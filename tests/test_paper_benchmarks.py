@@ -57,7 +57,7 @@ def test_unknown_options_are_for_prac_train(load, monkeypatch):
 def test_a_failed_run_is_left_out_and_the_rest_comes_through(load, monkeypatch, tmp_path, capsys):
     common = load("common")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(common.compare, "launch", lambda argv, threads: int("bad" in argv))
+    monkeypatch.setattr(common.children, "launch", lambda argv, threads: int("bad" in argv))
     monkeypatch.setattr(common.report, "read_run", lambda folder: {"row": {"val_loss": 1.0}, "folder": folder})
     found = common.train({"a-seed0": ["bad"], "b-seed0": ["good"], "b-seed1": ["good"]}, tmp_path, 2)
     assert list(found) == ["b-seed0", "b-seed1"]

@@ -177,7 +177,7 @@ def accelerate_loop(model: nn.Module, batch: dict[str, Tensor], cell: Cell) -> R
 def trainer_loop(model: nn.Module, batch: dict[str, Tensor], cell: Cell) -> Ran:
     from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
-    from prac.lab.trainer import LastingTrainer
+    from prac.lab.trainer import LabTrainer
 
     count = len(batch["labels"])
     per_device = len(share(batch)["labels"]) // (2 if cell.wrapper == "accumulation" else 1)
@@ -194,7 +194,7 @@ def trainer_loop(model: nn.Module, batch: dict[str, Tensor], cell: Cell) -> Ran:
         torch._dynamo.reset()
         inside = wrapped(model, cell.wrapper) if cell.wrapper == "fullgraph" else model
         rows = [{name: t[i] for name, t in batch.items()} for i in range(count)]
-        trainer = LastingTrainer(
+        trainer = LabTrainer(
             model=inside, args=arguments, train_dataset=rows * STEPS, data_collator=stacked,
             optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": LR}),
         )  # fmt: skip

@@ -23,7 +23,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from prac import files
-from prac.lab import compare, models, plots, report, results
+from prac.lab import children, models, plots, report, results
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "paper"
 COLOURS = (*plots.PALETTE, "#1b1f24")
@@ -117,11 +117,11 @@ def train(wanted: Jobs, folder: Path, workers: int) -> dict[str, Run]:
     Raises:
         SystemExit: if none came through.
     """
-    console, threads = Console(stderr=True), compare.threads_each(workers)
+    console, threads = Console(stderr=True), children.threads_each(workers)
 
     def one(name: str) -> Run | None:
         where = ["--out", str(folder / name), "--resume", "--quiet"]
-        code = compare.launch(["train", "--save-every", "0", *wanted[name], *where], threads)
+        code = children.launch(["train", "--save-every", "0", *wanted[name], *where], threads)
         return report.read_run(folder / name) if code == 0 else None
 
     found: dict[str, Run] = {}

@@ -27,7 +27,7 @@ from rich.console import Console
 
 from prac import files
 from prac.cli import parser as command_parser
-from prac.lab import command, compare, measure, results
+from prac.lab import children, command, measure, results
 
 SHARES = (0.0, 0.02, 0.1, 0.3, 1.0)  # of the steps
 LEVELS = (0.9, 0.95, 0.99)
@@ -107,7 +107,7 @@ def spectra(arguments: Namespace) -> list[results.Row]:
     """Of every seed that comes through, one row for each step."""
     wanted = common.jobs(arguments, {"plain": ["--method", "plain"]})
     console, rows = Console(stderr=True), []
-    threads = (compare.threads_each(arguments.workers) or torch.get_num_threads(),)
+    threads = (children.threads_each(arguments.workers) or torch.get_num_threads(),)
     with ProcessPoolExecutor(arguments.workers, get_context("spawn"), torch.set_num_threads, threads) as pool:
         folder = common.place(arguments) / "spectra"  # apart from the plain runs of other scripts, which lack them
         waiting = {pool.submit(one, options, folder / name): name for name, options in wanted.items()}

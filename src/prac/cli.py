@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -10,7 +11,19 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from prac.lab import bench_command, command, compare_command, layers_command, memory_command
+from prac import __version__
+from prac.lab import bench_command, children, command, compare_command, layers_command, memory_command, streams
+
+# What to do where a file cannot be written or read.
+REMEDIES = {
+    errno.ENOSPC: "make room on that disk, or choose another one",
+    errno.EDQUOT: "make room on that disk, or choose another one",
+    errno.EACCES: "choose a place that you may write to",
+    errno.EPERM: "choose a place that you may write to",
+    errno.EROFS: "choose a place that can be written to",
+    errno.ENOTDIR: "a file is in the place of a folder; choose another name",
+    errno.EEXIST: "something else has that name; choose another one",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
         description="Train transformers with a fraction of the activation memory.",
         epilog="`prac COMMAND --help` shows examples. PRAC_DEBUG=1 shows tracebacks.",
     )
+    top.add_argument("--version", action="version", version=f"prac {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     command.add_parser(commands)
     compare_command.add_parser(commands)
@@ -44,12 +58,17 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 if some of its runs failed, 2 for an error, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    children.end_with_parent()
+    streams.never_fail()
     # Where it is installed transformers imports it, and it says at once which kernels it misses; none is used here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     arguments = parser().parse_args(argv)
     try:
         code: int = arguments.run(arguments, argv)
         return code
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for what Python flushes in the end
+        return 141
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except ModuleNotFoundError as error:
@@ -57,7 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(f"{error.name} is not installed: pip install 'prac-torch[lab]'", 2)
     except (ValueError, RuntimeError, OSError) as error:
-        return _fail(" ".join(str(error).split()) or type(error).__name__, 2)
+        return _fail(_told(error), 2)
+
+
+def _told(error: Exception) -> str:
+    """One line: what is wrong with which file, and what to do."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        remedy = REMEDIES.get(error.errno or 0)
+        return f"{error.filename}: {error.strerror}" + (f"; {remedy}." if remedy else "")
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _fail(message: str, code: int) -> int:

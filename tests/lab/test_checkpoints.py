@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import resource
 import shutil
@@ -9,10 +10,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback, TrainerState
 
 from prac import saving
-from prac.lab import checkpoints, results, train
+from prac.lab import checkpoints, results, train, weights
+from prac.lab.callbacks import Metrics
 from prac.lab.options import Options
 from prac.presets import PRESETS
 
@@ -137,16 +139,120 @@ class FullDisk(TrainerCallback):
 
 
 # The first stops the model's file, the second the optimizer's.
-@pytest.mark.parametrize("limit", [100_000, 10_000_000])
-def test_a_full_disk_loses_neither_the_run_nor_the_last_checkpoint(options, run, tmp_path, capfd, limit):
+@pytest.mark.parametrize(("limit", "says"), [(100_000, "Its weights are lost"), (10_000_000, "Its weights, without")])
+def test_a_full_disk_ends_the_run_and_it_goes_on_from_the_last_checkpoint(
+    options, run, tmp_path, monkeypatch, limit, says
+):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(weights.tempfile, "tempdir", str(tmp_path / "elsewhere"))
     sizes = {path.name: path.stat().st_size for path in (run / "checkpoint-6").iterdir()}
     assert sizes["model.safetensors"] < 10_000_000 < sizes["optimizer.pt"]
-    whole = train.run(options, tmp_path / "whole")
-    row = train.run(options, tmp_path / "full", callbacks=[FullDisk(6, limit)])
-    assert "checkpoint-6 could not be written and is left out, training goes on" in capfd.readouterr().err
-    assert sorted(path.name for path in (tmp_path / "full").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-9"]
-    for path in (tmp_path / "full").glob("checkpoint-*"):
-        checkpoints.check(path)
-    assert row["val_loss"] == whole["val_loss"]
-    old, new = (load_file(tmp_path / name / "checkpoint-9" / "model.safetensors") for name in ("whole", "full"))
+    whole, full = tmp_path / "whole", tmp_path / "full"
+    expected = train.run(options, whole)
+    disk = FullDisk(6, limit)
+    try:
+        with pytest.raises(RuntimeError, match=f"checkpoint-6 could not be written.*{says}.*go on from checkpoint-3"):
+            train.run(options, full, callbacks=[disk])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, disk.before)
+    assert not (full / "result.json").exists() and not list((tmp_path / "elsewhere").iterdir())
+    assert [path.name for path in full.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert (full / "model").exists() == (limit > 1_000_000)
+    if limit > 1_000_000:
+        rescued = load_file(full / "model" / "model.safetensors")
+        steps_6 = load_file(run / "checkpoint-6" / "model.safetensors")
+        assert all(torch.equal(rescued[name], steps_6[name]) for name in rescued)
+    row = train.run(options, full, resume=True)
+    assert row["val_loss"] == expected["val_loss"]
+    assert losses(full) == losses(whole)
+    old, new = (load_file(out / "model" / "model.safetensors") for out in (whole, full))
     assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_where_the_model_cannot_be_written_the_run_is_not_complete(options, run, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights.files, "replace_folder", full)
+        with pytest.raises(RuntimeError, match=r"model could not be written .*No space left.*the last checkpoint"):
+            train.run(options, run, resume=True)
+    assert not (run / "result.json").exists()
+    assert train.run(options, run, resume=True)["steps"] == 9  # and not a step more
+    last, kept = (load_file(run / name / "model.safetensors") for name in ("checkpoint-9", "model"))
+    assert all(torch.equal(last[name], kept[name]) for name in last)
+
+
+class FullForSpectra(FullDisk):
+    """From the first spectrum on."""
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, self.before[1]))
+
+    def on_step_begin(self, args, state, control, **_):
+        pass
+
+
+@pytest.mark.filterwarnings("ignore:prac.Monitor", "ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_whatever_cannot_be_written_in_training_says_what_is_lost(options, tmp_path):
+    disk = FullForSpectra(1, 0)
+    try:
+        with pytest.raises(
+            RuntimeError, match=r"could not be written .*training ends at step 1\. Its weights are lost"
+        ):
+            train.run(options, tmp_path / "run", callbacks=[disk])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, disk.before)
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert train.run(options, tmp_path / "run", resume=True)["steps"] == 9
+
+
+def test_a_line_that_could_not_be_written_is_written_later(tmp_path, monkeypatch, capsys):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    state = TrainerState(is_world_process_zero=True)
+    metrics.on_train_begin(None, state, None)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    metrics._write(step=1, val_loss=1.0)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (metrics.path.stat().st_size + 5, before[1]))
+        metrics._write(step=2, val_loss=2.0)
+        assert len(metrics.path.read_text().splitlines()) == 1
+        assert "metrics.jsonl could not be written" in capsys.readouterr().err
+        with pytest.raises(OSError, match="1 lines of this run could not be written"):
+            copy.copy(metrics).on_train_end(None, state, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    metrics._write(step=3, val_loss=3.0)
+    metrics.on_train_end(None, state, None)
+    assert [line["step"] for line in results.read_lines(metrics.path)] == [1, 2, 3]
+
+
+def test_copies_beside_a_checkpoint_are_neither_used_nor_deleted(options, run):
+    """Whatever somebody calls them; only checkpoints of prac's own name take turns in being the oldest."""
+    copies = ["checkpoint-6 copy", "checkpoint-abc", "checkpoint-", "checkpoint-99x", "checkpoint-3.bak"]
+    for name in copies:
+        shutil.copytree(run / "checkpoint-3", run / name)
+    assert checkpoints.newest(run).name == "checkpoint-6"
+    assert train.run(options, run, resume=True)["steps"] == 9
+    names = {path.name for path in run.glob("checkpoint-*")}
+    assert names == {"checkpoint-6", "checkpoint-9", *copies}
+
+
+def test_where_the_disk_of_the_run_is_full_the_weights_go_to_another(options, run, tmp_path, monkeypatch):
+    replace = weights.files.replace_folder
+
+    def full(path, fill):
+        if path.is_relative_to(run):
+            raise OSError(28, "No space left on device")
+        replace(path, fill)
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(weights.tempfile, "tempdir", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(weights.files, "replace_folder", full)
+    model = LlamaForCausalLM.from_pretrained(run / "checkpoint-6")
+    tokenizer = AutoTokenizer.from_pretrained(run / "checkpoint-6")
+    place = weights.rescue(model, tokenizer, run / "checkpoint-9")
+    assert place.is_relative_to(tmp_path / "elsewhere")
+    saved, rescued = (load_file(folder / "model.safetensors") for folder in (run / "checkpoint-6", place))
+    assert all(torch.equal(saved[name], rescued[name]) for name in saved)

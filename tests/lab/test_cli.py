@@ -1,14 +1,19 @@
 """The command as a user meets it."""
 
+import io
 import json
+import os
+import resource
 import subprocess
 import sys
 
 import pytest
 
+import prac
+from prac import files
 from prac.cli import main
 from prac.config import Rank
-from prac.lab import command, models, results
+from prac.lab import command, layers_command, models, results, streams, train
 from prac.presets import PRESETS
 
 
@@ -140,3 +145,130 @@ def test_json_of_a_single_run(capsys, tmp_path, corpus_file):
     assert {"method", "val_loss", "val_ppl", "kept_bytes", "peak_bytes", "tokens_per_s", "steps", "seed"} <= row.keys()
     assert (row["seed"], row["steps"]) == (4, 2)
     assert "report:" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"prac {prac.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("llama-tinny", "llama-tiny"),
+        ("LLAMA-130M", "llama-130m"),
+        ("lama-60m", "llama-60m"),
+        ("gpt-124m", "gpt2-124m"),
+        ("gpt2_355m", "gpt2-355m"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "compare", "memory"])
+def test_a_wrong_name_is_answered_at_once_with_the_nearest(command, name, near, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for module in ("huggingface_hub", "transformers", "datasets"):  # an import of it would fail
+        monkeypatch.setitem(sys.modules, module, None)
+    assert main([command, "--model", name]) == 2
+    assert f"unknown model '{name}': " in (err := capsys.readouterr().err) and err.endswith(f"nearest is {near}.\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["./model", "/no/such/model", "a/b/c", "../llama-tiny", "", "what is this"])
+def test_what_can_only_be_a_folder_is_not_looked_for_elsewhere(name, error, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert f"unknown model '{name}': there is no" in error("--model", name)
+
+
+def test_resuming_needs_a_folder_and_is_not_starting_over(error):
+    assert "--resume goes on with the run in --out: say which one" in error("--resume")
+    assert "not allowed with argument" in error("--resume", "--overwrite", "--out", "x")
+
+
+SMALL = ["--model", "llama-32x1", "--tokenizer", "bpe:300", "--steps", "2", "--batch-size", "2", "--seq-len", "32"]
+
+
+def test_a_terminal_that_knows_ascii_alone(corpus_file, tmp_path):
+    """Tables, bars and errors, with signs that it does not have."""
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    argv = ["train", "--method", "plain", *SMALL, "--data", str(corpus_file), "--out", str(tmp_path / "run")]
+    ran = run_prac(argv, **locale)
+    assert ran.returncode == 0, ran.stderr
+    assert "plain" in ran.stdout and "report:" in ran.stdout and ran.stdout.isascii()
+
+
+def run_prac(argv, **environment):
+    command = [sys.executable, "-m", "prac", *argv]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+
+
+def test_signs_are_spelled(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    streams.never_fail()
+    print("0.5× ± 1 – 2 … 漢")
+    stream.flush()
+    assert stream.buffer.getvalue() == b"0.5x +- 1 - 2 ... ?\n"
+
+
+def test_without_a_home_it_says_what_to_set(error, monkeypatch, corpus_file, tmp_path):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("PRAC_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(files.Path, "home", nobody)
+    assert "set PRAC_CACHE" in error(*SMALL, "--data", str(corpus_file), "--out", str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_named(error, monkeypatch, corpus_file, tmp_path):
+    given = [*SMALL, "--data", str(corpus_file), "--out", str(tmp_path / "run")]
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PRAC_CACHE", str(tmp_path / "file" / "cache"))
+    line = error(*given)
+    assert str(tmp_path / "file" / "cache") in line and "set PRAC_CACHE to another folder" in line
+    monkeypatch.setenv("PRAC_CACHE", str(tmp_path / "cache"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit, name in ((2_000, "bpe-300-"), (30_000, "packed-")):  # a disk that is full
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            line = error(*given)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert f"{tmp_path / 'cache'}/{name}" in line and "Make room" in line
+        assert not any(path.name.startswith(".") for path in (tmp_path / "cache").iterdir())
+
+
+def test_a_cache_that_was_cut_off_is_named(error, monkeypatch, corpus_file, tmp_path):
+    monkeypatch.setenv("PRAC_CACHE", str(tmp_path / "cache"))
+    given = ["--method", "plain", *SMALL, "--data", str(corpus_file)]
+    assert main(["train", *given, "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    for pattern in ("bpe-*.json", "packed-*/facts.json", "packed-*/train/*.arrow", "packed-*/validation/state.json"):
+        (path,) = (tmp_path / "cache").glob(pattern)
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        entry = tmp_path / "cache" / path.relative_to(tmp_path / "cache").parts[0]
+        with pytest.raises(ValueError, match=f"{entry.name} in the cache is cut off or damaged .*delete it"):
+            train.prepare(command.options(parse(*given), "plain", 0))
+        path.write_bytes(content)
+
+
+def test_files_that_exist_are_not_replaced_unasked(capsys, tmp_path):
+    path = tmp_path / "plot.svg"
+    path.write_text("mine")
+    assert main(["layers", str(tmp_path), "--plot", str(path)]) == 2
+    assert main(["memory", "--plot", str(path)]) == 2
+    assert main(["bench", "--json", str(path)]) == 2
+    assert capsys.readouterr().err.count("plot.svg exists; give --overwrite") == 3
+    assert path.read_text() == "mine"
+
+
+def test_output_that_nobody_reads_on_is_no_error(monkeypatch, capsys):
+    def closed(*_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(layers_command, "run", closed)
+    assert main(["layers", "x"]) == 141
+    assert capsys.readouterr().err == ""

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from prac.cli import main
-from prac.lab import compare, overview, report, results, table, turns
+from prac.lab import children, overview, report, results, table, turns
 from prac.lab.callbacks import Metrics
 
 METHODS = ("plain", "checkpoint", "galore", "lean")
@@ -67,11 +67,11 @@ def test_it_goes_on_where_it_stopped(compared, monkeypatch, capsys):
     (out / "lean-seed1" / "result.json").unlink()
     launched = []
 
-    def launch(argv, threads=None):
-        launched.append(argv)
-        return 3
+    def run_all(commands, workers):
+        launched.extend(commands)
+        return [3 for _ in commands]
 
-    monkeypatch.setattr(compare, "launch", launch)
+    monkeypatch.setattr(children, "run_all", run_all)
     assert main([*command, "--resume"]) == 1
     (argv,) = launched
     assert argv[0] == "train" and "--methods" not in argv and "--json" not in argv

@@ -104,7 +104,7 @@ def test_a_run_folder_is_complete(runs):
     names = {path.name for path in out.iterdir()}
     assert names == {
         "config.json", "metrics.jsonl", "result.json", "spectrum.json", "tensorboard", "checkpoint-6", "checkpoint-12",
-        "layers.jsonl",
+        "layers.jsonl", "model", "prac-run.json", ".prac.lock",
     }  # fmt: skip
     assert "layers.jsonl" not in {path.name for path in runs["plain"][0].iterdir()}
     assert results.read(out / "config.json")["options"]["config"]["T1"] == 4

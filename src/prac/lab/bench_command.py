@@ -68,8 +68,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     """Run ``prac bench``; returns 0."""
-    if arguments.json and arguments.json.exists() and not arguments.overwrite:
-        raise ValueError(f"{arguments.json} exists; give --overwrite to replace it.")
+    files.check_new(arguments.json, arguments.overwrite)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU here.")

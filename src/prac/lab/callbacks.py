@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -36,7 +38,7 @@ class Metrics(TrainerCallback):
         self.elapsed = 0.0
         self.tokens = 0
         self._since: float | None = None
-        self._stream: TextIO | None = None
+        self._unwritten: str | None = None  # None where another process writes, or none does
         self._failed = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -47,7 +49,7 @@ class Metrics(TrainerCallback):
         self.tokens = int(state.num_input_tokens_seen)
         if state.is_world_process_zero:
             files.write(self.path, "".join(json.dumps(line) + "\n" for line in lines))
-            self._stream = self.path.open("a")
+            self._unwritten = ""
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock, if something other than training stopped it."""
@@ -92,10 +94,14 @@ class Metrics(TrainerCallback):
         self._since = None
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Close the file."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        """Write no more.
+
+        Raises:
+            OSError: if there are lines that could not be written.
+        """
+        left, self._unwritten = self._unwritten, None
+        if left:
+            raise OSError(errno.ENOSPC, f"{left.count(chr(10))} lines of this run could not be written", str(self.path))
 
     @property
     def tokens_per_s(self) -> float:
@@ -111,14 +117,18 @@ class Metrics(TrainerCallback):
             self._since += seconds
 
     def _write(self, **line: float) -> None:
-        if self._stream is None:
+        if self._unwritten is None:
             return
+        self._unwritten += json.dumps(line) + "\n"
+        size = self.path.stat().st_size
         try:
-            self._stream.write(json.dumps(line) + "\n")
-            self._stream.flush()
-        except OSError as error:  # no reason to lose the run
+            with self.path.open("a") as stream:
+                stream.write(self._unwritten)
+            self._unwritten = ""
+        except OSError as error:  # there may be room the next time
+            os.truncate(self.path, size)
             if not self._failed:
-                print(f"\nprac: {self.path} could not be written: {error}. Training goes on.", file=sys.stderr)
+                print(f"\nprac: {self.path} could not be written: {error}. It is tried again.", file=sys.stderr)
             self._failed = True
 
 

@@ -1,15 +1,17 @@
 """Checkpoints of a run: sealed once they are whole, checked before they are used.
 
 The ``Trainer`` writes a checkpoint file by file. The seal comes last: a list of all files with their lengths and
-SHA-256. What has none was cut short (the process was killed, the disk was full) and is passed over; what does not
-match its seal was damaged later, and is refused.
+SHA-256. What has none was cut short (the process was killed) and is passed over; what does not match its seal was
+damaged later, and is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,19 +20,22 @@ from transformers import TrainerCallback
 
 from prac import files
 from prac.integrations.transformers import checkpoint_folder
-from prac.lab import results
+from prac.lab import results, weights
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from prac.handle import Handle
 
 SEAL = "sealed.json"
+NAME = re.compile(r"checkpoint-\d+")
+KEPT = 2  # should the newer one be damaged later
 
 
 def newest(out: Path) -> Path | None:
     """The newest checkpoint in a run folder that was written whole."""
-    return max(_sealed(out), key=step, default=None)
+    return next(reversed(_sealed(out)), None)
 
 
 def step(checkpoint: Path) -> int:
@@ -38,8 +43,13 @@ def step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def all_in(out: Path) -> list[Path]:
+    """Those of a run folder, whole or not, oldest first; a copy that somebody named otherwise is none of them."""
+    return sorted((path for path in out.glob("checkpoint-*") if NAME.fullmatch(path.name)), key=step)
+
+
 def _sealed(out: Path) -> list[Path]:
-    return [path for path in out.glob("checkpoint-*") if (path / SEAL).exists()]
+    return [path for path in all_in(out) if (path / SEAL).exists()]
 
 
 def check(checkpoint: Path) -> None:
@@ -87,34 +97,51 @@ def _seal(checkpoint: Path, processes: int) -> None:
 
 
 class Seal(TrainerCallback):
-    """Adds the compression state to each checkpoint, and then the seal."""
+    """Adds the compression state to each checkpoint, then the seal; then the oldest ones go."""
 
     def __init__(self, handle: Handle | None) -> None:
         self.handle = handle
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kept: Any) -> None:
         """Every process writes its state; when all have, the first one seals."""
         checkpoint = checkpoint_folder(args, state)
-        if not checkpoint.exists():
-            return  # it could not be written
-        try:
+        with whole(checkpoint, args, kept["model"], kept["processing_class"]):
             if self.handle is not None:
                 self.handle.save(checkpoint)
             if args.world_size > 1:
                 torch.distributed.barrier()
             if args.process_index == 0:
                 _seal(checkpoint, args.world_size)
-        except OSError as error:
-            give_up(checkpoint, error, args)
+                for old in _sealed(checkpoint.parent)[:-KEPT]:
+                    shutil.rmtree(old)
 
 
-def give_up(checkpoint: Path, error: Exception, args: TrainingArguments) -> None:
-    """Remove what there is of a checkpoint, to make room, and say so."""
-    if args.world_size > 1:
-        raise error
-    shutil.rmtree(checkpoint, ignore_errors=True)
-    print(
-        f"\nprac: {checkpoint.name} could not be written and is left out, training goes on: "
-        f"{' '.join(str(error).split())[:200]}. Make room on the disk before the next one.",
-        file=sys.stderr,
+@contextmanager
+def whole(checkpoint: Path, args: TrainingArguments, model: nn.Module, tokenizer: Any) -> Iterator[None]:
+    """End training where a checkpoint cannot be written: what there is of it goes, its weights are put elsewhere.
+
+    Raises:
+        RuntimeError: says what is lost, where the weights are, and what to do.
+    """
+    try:
+        yield
+    except (*weights.FAILURES, RuntimeError) as error:
+        # A RuntimeError is what torch.save raises where the disk is full.
+        if isinstance(error, RuntimeError) and not re.search("inline_container|PytorchStreamWriter", str(error)):
+            raise
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        raise ended(checkpoint, error, checkpoint, args, model, tokenizer) from error
+
+
+def ended(
+    what: Path, error: Exception, checkpoint: Path, args: TrainingArguments, model: nn.Module, tokenizer: Any
+) -> RuntimeError:
+    """Training ends since ``what`` cannot be written: save what can be saved, and say what it is and what is lost."""
+    place = weights.rescue(model, tokenizer, checkpoint) if args.world_size == 1 else None
+    saved = "Its weights are lost" if place is None else f"Its weights, without the optimizer, are in {place}"
+    before = newest(checkpoint.parent)
+    onward = "start over" if before is None else f"go on from {before.name}"
+    return RuntimeError(
+        f"{what} could not be written ({weights.reason(error)}), so training ends at step {step(checkpoint)}. {saved}. "
+        f"Make room on the disk; --resume will then {onward}."
     )

@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from prac import files
 from prac.config import Bits, Config, Keep, Rank
-from prac.lab import methods, models
+from prac.lab import methods, models, ownership, results
 from prac.lab.options import Options
 
 KEPT = {
@@ -30,7 +31,9 @@ examples:
   prac train --model llama-130m --data allenai/c4:en --max-tokens 2600000000 --tokenizer t5-base --method lean --bf16
       a row of the paper's Table 2; start it by `torchrun -m prac train …` on several GPUs
   prac train --model path/to/model --data notes/ --method finetune --lr 1e-5
-      fine-tune a pretrained model on a folder of text files
+      fine-tune a pretrained model on a folder of text files; the result is in the run folder's model/
+  prac train --model path/to/model --data train.jsonl --text-field body
+      on one field of records: JSON lines, CSV or Parquet
   prac train --method paper --linear 0.2,0.4 --norm none --activation none
       your own ranks
   prac train --method lean --group 0.2,0.2@8bits --activation 8bits
@@ -72,12 +75,17 @@ def _add_what(parser: argparse.ArgumentParser, seeds: list[int]) -> None:
         help=f"{', '.join(models.SIZES)}; or a folder or hub name with safetensors weights (default: llama-tiny)",
     )  # fmt: skip
     group.add_argument("--data", default="sotu", metavar="NAME",
-        help="sotu, a text file, a folder of text files, or a hub data set as NAME or NAME:CONFIG (default: sotu)",
+        help="sotu; a file of text, JSON lines, CSV or Parquet; a folder of such files; or a hub data set as NAME or "
+        "NAME:CONFIG (default: sotu)",
     )  # fmt: skip
-    group.add_argument("--split", default="train", help="of a hub data set, such as train[:1%%] (default: train)")
-    group.add_argument("--text-column", default="text", metavar="NAME", help="of a hub data set (default: text)")
+    group.add_argument("--split", default="train",
+        help="of records; of a hub data set also such as train[:1%%] (default: train)",
+    )  # fmt: skip
+    group.add_argument("--text-field", default="text", metavar="NAME",
+        help="of records: which field (column, key) holds the text (default: text)",
+    )  # fmt: skip
     group.add_argument("--max-tokens", type=int, metavar="N",
-        help="train on the first N tokens; a hub data set is then streamed and read only as far as needed",
+        help="train on the first N tokens; records are then read only as far as needed",
     )  # fmt: skip
     group.add_argument("--tokenizer", metavar="NAME",
         help="bpe:SIZE, trained on the data; or a folder or hub name (default: bpe:4096, or a pretrained model's own)",
@@ -133,8 +141,11 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--save-every", type=int, metavar="N",
         help="steps between checkpoints, 0 for one at the end (default: a fifth of the steps)",
     )  # fmt: skip
-    group.add_argument("--resume", action="store_true", help="go on with the run in --out; reuse what is complete")
-    group.add_argument("--overwrite", action="store_true", help="delete the run in --out and start over")
+    before = group.add_mutually_exclusive_group()
+    before.add_argument("--resume", action="store_true", help="go on with the run in --out; reuse what is complete")
+    before.add_argument("--overwrite", action="store_true",
+        help="delete the run in --out and start over; a folder that prac did not make is never touched",
+    )  # fmt: skip
     group.add_argument("--quiet", action="store_true", help="no table at the end")
 
 
@@ -188,7 +199,7 @@ def options(arguments: argparse.Namespace, method: str, seed: int) -> Options:
         model=arguments.model,
         data=arguments.data,
         split=arguments.split,
-        text_column=arguments.text_column,
+        text_field=arguments.text_field,
         max_tokens=arguments.max_tokens,
         tokenizer=arguments.tokenizer or ("bpe:4096" if arguments.model in models.SIZES else arguments.model),
         weight_decay=arguments.weight_decay,
@@ -206,14 +217,18 @@ def options(arguments: argparse.Namespace, method: str, seed: int) -> Options:
 def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     """Run ``prac train``; returns 0, or 1 if some of several runs failed."""
     chosen = methods.names(arguments.method)
+    if arguments.resume and arguments.out is None:
+        raise ValueError("--resume goes on with the run in --out: say which one.")
     wanted = [options(arguments, method, seed) for seed in arguments.seed for method in chosen]
     out = arguments.out or Path("runs") / f"{Path(arguments.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if len(wanted) > 1:
         return run_several(wanted, out, arguments, argv, "train")
+    _check(wanted[0], out, arguments)
     import rich.console  # noqa: F401  what the table needs is missed before the run, not after it
 
     from prac.lab import train, trainer
 
+    _check_free([out], arguments)
     row = train.run(wanted[0], out, arguments.resume, overwrite=arguments.overwrite)
     _show([row], [out], out, arguments, argv, "train")
     trainer.leave_processes()
@@ -225,21 +240,44 @@ def run_several(
     steps_of_turn: int = 0,
 ) -> int:  # fmt: skip
     """Run each of ``wanted`` in a process of its own and show them side by side; returns 1 if some failed."""
-    import rich.console  # noqa: F401  likewise
-
-    from prac.lab import compare, run_folder, train
-
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("give one --method and one --seed per launch when training on several processes.")
-    for each in [] if arguments.resume or arguments.overwrite else wanted:
-        run_folder.check_free(compare.folder(out, each))
-    train.prepare(wanted[0])
-    rows, failures = compare.run_each(wanted, out, argv, arguments.resume, workers, steps_of_turn)
-    if rows:
-        _show(rows, [Path(row["out"]) for row in rows], out, arguments, argv, name)
+    _check(wanted[0], out, arguments)
+    import rich.console  # noqa: F401  likewise
+
+    from prac.lab import compare, train
+
+    with ownership.held(out):
+        _check_free([compare.folder(out, each) for each in wanted], arguments)
+        _, blocks = train.prepare(wanted[0])
+        read = blocks.read if arguments.resume else None
+        rows, failures = compare.run_each(wanted, out, argv, read, workers, steps_of_turn)
+        if rows:
+            _show(rows, [Path(row["out"]) for row in rows], out, arguments, argv, name)
     for failure in failures:
         print(f"prac: {failure}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _check(options: Options, out: Path, arguments: argparse.Namespace) -> None:
+    """What can be told before anything large is imported: a wrong name, a place that is not to be written to."""
+    models.check(options.model)
+    ownership.check_apart(options, out)
+    ownership.check_ours(out)
+    if arguments.json:
+        ownership.check_apart(options, arguments.json, "--json")
+
+
+def _check_free(folders: list[Path], arguments: argparse.Namespace) -> None:
+    """Nothing that is there is written over without a word: neither runs nor the file of rows."""
+    from prac.lab import run_folder
+
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
+    for folder in [] if arguments.resume or arguments.overwrite else folders:
+        run_folder.check_free(folder)
+    if arguments.json:
+        files.check_new(arguments.json, arguments.overwrite or (arguments.resume and results.is_ours(arguments.json)))
 
 
 def _show(
@@ -250,7 +288,7 @@ def _show(
         return
     from rich.console import Console
 
-    from prac.lab import report, results, table
+    from prac.lab import report, table
 
     rows = results.against_plain(rows)
     if arguments.json:

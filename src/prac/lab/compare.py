@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 
-from prac.lab import results, run_folder, turns
+from prac.lab import children, results, run_folder, turns
 from prac.lab.options import Options
 
 
@@ -19,18 +16,23 @@ def folder(out: Path, options: Options) -> Path:
 
 
 def run_each(
-    wanted: Sequence[Options], out: Path, argv: Sequence[str], resume: bool, workers: int = 1, steps_of_turn: int = 0
+    wanted: Sequence[Options],
+    out: Path,
+    argv: Sequence[str],
+    read: dict[str, str] | None,
+    workers: int = 1,
+    steps_of_turn: int = 0,
 ) -> tuple[list[results.Row], list[str]]:
     """Run ``python -m prac`` with ``argv`` narrowed to each of ``wanted``, ``workers`` at a time.
 
-    A process of its own gives each run its own peak memory, and a failure takes no other run with it. With
-    ``resume``, runs that are complete are not run again. With ``steps_of_turn``, those of one seed take turns of so
-    many steps (:mod:`prac.lab.turns`).
+    A process of its own gives each run its own peak memory, and a failure takes no other run with it. With ``read``,
+    digests of the text and the tokenizer, runs of these that are complete are not run again. With ``steps_of_turn``,
+    those of one seed take turns of so many steps (:mod:`prac.lab.turns`).
 
     Returns:
         The rows of the runs that finished, and a line for each that failed, in the order of ``wanted``.
     """
-    done = [run_folder.finished(options, folder(out, options)) if resume else None for options in wanted]
+    done = [run_folder.finished(options, folder(out, options), read) if read else None for options in wanted]
     missing = [options for options, row in zip(wanted, done, strict=True) if row is None]
     commands = [narrowed(options, folder(out, options), argv) for options in missing]
     if steps_of_turn:
@@ -38,9 +40,7 @@ def run_each(
         for _, group in groupby(zip(missing, commands, strict=True), key=lambda each: each[0].seed):
             codes += turns.take_turns([command for _, command in group], steps_of_turn)
     else:
-        threads = threads_each(workers)
-        with ThreadPoolExecutor(workers) as pool:
-            codes = list(pool.map(lambda command: launch(command, threads), commands))
+        codes = children.run_all(commands, workers)
 
     rows, failures, ended = [], [], iter(codes)
     for options, row in zip(wanted, done, strict=True):
@@ -52,17 +52,6 @@ def run_each(
         else:
             failures.append(f"{options.method} seed {options.seed} failed (exit code {code}); its folder is {target}")
     return rows, failures
-
-
-def threads_each(workers: int) -> int | None:
-    """Threads for each of so many processes at a time: their share of the cores. One alone has what torch gives it."""
-    return None if workers == 1 else max(1, (os.cpu_count() or 1) // workers)
-
-
-def launch(argv: Sequence[str], threads: int | None = None) -> int:
-    """``prac ARGV…`` in a process of its own, on so many threads; returns its exit code."""
-    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
-    return subprocess.run(turns.command(argv), check=False, env=environment).returncode
 
 
 def narrowed(options: Options, target: Path, argv: Sequence[str]) -> list[str]:

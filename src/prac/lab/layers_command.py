@@ -30,6 +30,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--step", type=int, metavar="N", help="the reading to show (default: the last)")
     parser.add_argument("--top", type=int, default=20, metavar="N", help="how many layers to show (default: 20)")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="write a plot of all readings to this SVG file")
+    parser.add_argument("--overwrite", action="store_true", help="replace the plot if it exists")
     parser.set_defaults(run=run)
 
 
@@ -38,6 +39,7 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     from prac import files, monitor
     from prac.lab import run_folder
 
+    files.check_new(arguments.plot, arguments.overwrite)
     path = arguments.of / run_folder.LAYERS if arguments.of.is_dir() else arguments.of
     if not path.exists():
         raise ValueError(

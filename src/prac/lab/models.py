@@ -8,8 +8,12 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -98,6 +102,11 @@ SIZES |= {
     "gpt2-124m": Size("gpt2", 768, 3072, 12, 12, Recipe(50_000, 64, 8, 1024, 6e-4, warmup=0.04)),
     "gpt2-355m": Size("gpt2", 1024, 4096, 16, 24, Recipe(50_000, 32, 16, 1024, 3e-4, warmup=0.04)),
 }
+
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+HUB_SECONDS = 10
+# Models of the hub that look like a size and are older than owners' names.
+WITHOUT_OWNER = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2", "openai-gpt")
 
 # For models that bring their weights.
 FINE_TUNING = Recipe(steps=1_000, batch_size=8, grad_accum=1, seq_len=256, lr=3e-5)
@@ -189,34 +198,82 @@ def without_weights(model: str, seq_len: int, dtype: torch.dtype) -> PreTrainedM
 
 
 def _pretrained(model: str) -> PreTrainedModel:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
-        network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            model, use_safetensors=True, trust_remote_code=False
+        network: PreTrainedModel
+        network, loaded = AutoModelForCausalLM.from_pretrained(
+            model, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights of {model} are cut off or damaged ({_line(error)}): {_damaged(model)}. Restore it from a "
+            "copy, or download it again."
+        ) from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{model} is no causal language model with safetensors weights: {_line(error)}") from error
+    if missing := sorted(loaded["missing_keys"]):
+        print(
+            f"prac: {model} has no weights for {', '.join(missing)[:200]}: they are drawn at random.", file=sys.stderr
+        )
     return network
 
 
+def _damaged(model: str) -> str:
+    """The first file of weights in a folder that cannot be opened; the name of the model, if it is no folder."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(Path(model).glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError:
+            return str(path)
+    return model
+
+
 def check(model: str) -> None:
-    """Find out early whether ``model`` can be had.
+    """Find out early whether ``model`` can be had, and at once where its name alone tells that it cannot.
 
     Raises:
-        ValueError: if it is no size, folder or hub name; the message lists the sizes.
+        ValueError: if it is no size, folder or hub name; the message has the nearest size.
     """
     if model in SIZES:
         return
+    choices = f"choose {', '.join(SIZES)}, llama-HIDDENxLAYERS, or a folder or hub name of a model"
+    folder = Path(model)
+    if folder.exists():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"unknown model {model!r}: there is no config.json in it; {choices}.")
+    elif not HUB_NAME.fullmatch(model):
+        raise ValueError(f"unknown model {model!r}: there is no such folder; {choices}.")
+    elif "/" not in model and model not in WITHOUT_OWNER and (near := nearest(model, SIZES)):
+        raise ValueError(f"unknown model {model!r}: {choices}; the nearest is {near}.")
+    try:
+        _find(model, folder)
+    except Exception as error:  # the hub, the network and transformers raise their own kinds
+        raise ValueError(f"unknown model {model!r}: {choices} ({_line(error)})") from error
+
+
+def _find(model: str, folder: Path) -> None:
+    """Read the config of a model; ask the hub just once where it is not on this machine."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if not folder.exists() and not isinstance(try_to_load_from_cache(model, "config.json"), str):
+        HfApi().model_info(model, timeout=HUB_SECONDS)
     from transformers import AutoConfig
 
-    try:
-        AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"unknown model {model!r}: choose {', '.join(SIZES)}, llama-HIDDENxLAYERS, or a folder or hub name of a "
-            f"model ({_line(error)})"
-        ) from error
+    AutoConfig.from_pretrained(model, trust_remote_code=False)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The one of ``names`` that looks most like ``name``; empty if none does.
+
+    >>> nearest("LLaMA-tinny", SIZES)
+    'llama-tiny'
+    """
+    return next(iter(difflib.get_close_matches(name.lower(), list(names), 1, 0.6)), "")
 
 
 def _line(error: Exception, length: int = 160) -> str:

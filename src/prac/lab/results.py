@@ -36,19 +36,42 @@ def write(path: Path, command: str, rows: list[Row]) -> None:
     files.write_json(path, document(command, rows))
 
 
+def is_ours(path: Path) -> bool:
+    """Whether there is no file yet, or one that :func:`write` wrote."""
+    try:
+        return not path.exists() or {"command", "versions", "rows"} <= set(read(path))
+    except (ValueError, TypeError):
+        return False
+
+
 def read(path: Path) -> Any:
-    """Plain data of a JSON file."""
-    return json.loads(path.read_text())
+    """Plain data of a JSON file.
+
+    Raises:
+        ValueError: with the name of the file, if it was cut off or is something else.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is cut off or damaged ({error}): restore it from a copy, or delete it.") from error
 
 
 def read_lines(path: Path) -> list[Row]:
-    """The rows of a JSON-lines file; a last line cut short by a crash is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    """The rows of a JSON-lines file; a last line cut short by a crash is left out.
+
+    Raises:
+        ValueError: with the name of the file, if another line is damaged.
+    """
+    rows: list[Row] = []
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(
+                    f"line {number} of {path} is damaged ({error}): restore the file from a copy, or delete it."
+                ) from error
     return rows
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 END = "<|endoftext|>"
+PARTS = {"train": "training", "validation": "validation"}
+FACTS = "facts.json"  # how many blocks each part has, and their entropy
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Blocks:
     train: Dataset
     validation: Dataset
     unigram_entropy: float  # of the validation tokens, in nats: what the best model without context would reach
+    read: dict[str, str]  # digests of the text and of the tokenizer that they were made from
 
 
 def load_tokenizer(name: str, corpus: Corpus, cache: Path) -> PreTrainedTokenizerBase:
@@ -43,7 +48,8 @@ def load_tokenizer(name: str, corpus: Corpus, cache: Path) -> PreTrainedTokenize
 
     if name.startswith("bpe:"):
         file = _trained(name.removeprefix("bpe:"), corpus, cache)
-        return PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token=END, bos_token=END)
+        with _reading(file):
+            return PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token=END, bos_token=END)
     logging.set_verbosity_error()
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -71,7 +77,8 @@ def _trained(size: str, corpus: Corpus, cache: Path) -> Path:
             vocab_size=int(size), special_tokens=[END], initial_alphabet=alphabet, show_progress=False
         )
         tokenizer.train_from_iterator(corpus.train, trainer)
-        files.write(file, tokenizer.to_str())
+        with _writing(file):
+            files.write(file, tokenizer.to_str())
     return file
 
 
@@ -85,26 +92,57 @@ def load_blocks(
     """
     from datasets import Dataset, load_from_disk
 
-    key = f"{corpus.digest()} {_fingerprint(tokenizer)} {seq_len} {max_tokens}"
-    folder = cache / f"blocks-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    read = {"text": corpus.digest(), "tokenizer": _fingerprint(tokenizer)}
+    key = f"{read['text']} {read['tokenizer']} {seq_len} {max_tokens}"
+    folder = cache / f"packed-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not folder.is_dir():
-        train = pack(corpus.train, tokenizer, seq_len, max_tokens)
-        validation = pack(corpus.validation, tokenizer, seq_len)
-        for part, blocks in (("training", train), ("validation", validation)):
+        parts = {
+            "train": pack(corpus.train, tokenizer, seq_len, max_tokens),
+            "validation": pack(corpus.validation, tokenizer, seq_len),
+        }
+        for part, blocks in parts.items():
             if len(blocks) == 0:
-                raise ValueError(f"too little text: the {part} part has less than {seq_len} tokens (one --seq-len).")
+                raise ValueError(
+                    f"too little text: the {PARTS[part]} part has less than {seq_len} tokens (one --seq-len)."
+                )
+        facts = {part: len(blocks) for part, blocks in parts.items()}
 
         def fill(target: Path) -> None:
-            Dataset.from_dict({"input_ids": train}).save_to_disk(target / "train")
-            Dataset.from_dict({"input_ids": validation}).save_to_disk(target / "validation")
-            files.write_json(target / "unigram.json", unigram_entropy(validation))
+            for part, blocks in parts.items():
+                Dataset.from_dict({"input_ids": blocks}).save_to_disk(target / part)
+            files.write_json(target / FACTS, facts | {"unigram_entropy": unigram_entropy(parts["validation"])})
 
-        files.make_folder(folder, fill)
-    return Blocks(
-        load_from_disk(folder / "train").with_format("torch"),
-        load_from_disk(folder / "validation").with_format("torch"),
-        float((folder / "unigram.json").read_text()),
-    )
+        with _writing(folder):
+            files.make_folder(folder, fill)
+    with _reading(folder):
+        known = json.loads((folder / FACTS).read_text())
+        train, validation = (load_from_disk(folder / part).with_format("torch") for part in PARTS)
+        if [len(train), len(validation)] != [known[part] for part in PARTS]:
+            raise ValueError("blocks are missing")
+    return Blocks(train, validation, known["unigram_entropy"], read)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say what to do where a file of the cache cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path} in the cache: {error.strerror or error}. Make room there, or set PRAC_CACHE to another folder."
+        ) from error
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say what to do where a file of the cache is not what was written there."""
+    try:
+        yield
+    except Exception as error:  # of a tokenizer or a table that was cut off, each library has its own kinds
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{path} in the cache is cut off or damaged ({reason}): delete it, it is made again."
+        ) from error
 
 
 def pack(

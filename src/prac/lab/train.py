@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
-import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,26 @@ from transformers.integrations import TensorBoardCallback
 
 import prac
 from prac import files
-from prac.lab import checkpoints, data, measure, methods, models, optimizers, peers, results, run_folder, tokens
+from prac.integrations.transformers import checkpoint_folder
+from prac.lab import (
+    checkpoints,
+    data,
+    measure,
+    methods,
+    models,
+    optimizers,
+    outcome,
+    ownership,
+    peers,
+    results,
+    run_folder,
+    tokens,
+    weights,
+)
+from prac.lab.arguments import quiet, training_arguments
 from prac.lab.callbacks import Layers, Metrics, Progress, Spectra
 from prac.lab.options import Options
-from prac.lab.trainer import LastingTrainer
+from prac.lab.trainer import LabTrainer
 from prac.lab.turns import Turns
 
 if TYPE_CHECKING:
@@ -29,10 +45,10 @@ if TYPE_CHECKING:
 
 def prepare(options: Options) -> tuple[Any, tokens.Blocks]:
     """The tokenizer and the packed data; the work is done once and cached."""
-    _quiet()
+    quiet()
     models.check(options.model)
     cache = files.cache_folder()
-    corpus = data.load(options.data, options.split, options.text_column, options.max_tokens)
+    corpus = data.load(options.data, options.split, options.text_field, options.max_tokens)
     tokenizer = tokens.load_tokenizer(options.tokenizer, corpus, cache)
     blocks = tokens.load_blocks(corpus, tokenizer, options.seq_len, options.max_tokens, cache)
     needed = options.batch_size * options.grad_accum
@@ -56,19 +72,27 @@ def run(
 
     Args:
         options: what to run.
-        out: the run folder. It must not hold a run yet, unless ``resume``.
+        out: the run folder. It must not hold a run yet, unless ``resume``, nor anything that prac did not make.
         resume: go on from the newest whole checkpoint in ``out``, if there is one.
         callbacks: further ``Trainer`` callbacks.
-        overwrite: delete the run that there is in ``out``.
+        overwrite: delete the run that there is in ``out``, once the new one is sure to start.
 
     Raises:
-        ValueError: for options that do not fit each other, the data or the run to resume, and for a checkpoint that was
-            damaged.
+        ValueError: for options that do not fit each other, the data or the run to resume, for a folder that is not to
+            be written to, and for a checkpoint that was damaged.
+        RuntimeError: if a checkpoint or the model cannot be written; the run is then not complete.
     """
-    started = time.perf_counter()
     method = methods.parse(options.method)
     peers.limit_compiled_memory(method.budget)
-    arguments = _arguments(options, method, out)  # from here on the processes know of each other
+    arguments = training_arguments(options, method, out)  # from here on the processes know of each other
+    _check(options, method, arguments)
+    ownership.check_apart(options, out)
+    with ownership.held(out) if arguments.process_index == 0 else nullcontext():
+        return _run(options, method, arguments, out, resume, callbacks, overwrite)
+
+
+def _check(options: Options, method: methods.Method, arguments: TrainingArguments) -> None:
+    """Refuse what cannot be trained like this."""
     peers.check_device(method, arguments.device)
     if method.lora and options.model in models.SIZES:
         raise ValueError(f"{method.name}: adapters on frozen random weights learn nothing; give a pretrained --model.")
@@ -78,23 +102,65 @@ def run(
         )
     if arguments.world_size > 1 and method.optimizer != "adamw":
         raise ValueError(f"{method.name}: its optimizer sees the whole gradient only in a single process.")
+
+
+def _run(
+    options: Options, method: methods.Method, arguments: TrainingArguments, out: Path, resume: bool,
+    callbacks: Sequence[TrainerCallback], overwrite: bool,
+) -> results.Row:  # fmt: skip
+    started = time.perf_counter()
+    main = arguments.process_index == 0
     with arguments.main_process_first(local=False):
-        main = arguments.process_index == 0
-        if overwrite and main:
-            run_folder.clear(out)
-        if resume and (done := run_folder.finished(options, out)):
-            return done
-        if not resume and main:
+        if not (resume or overwrite):
             run_folder.check_free(out)
-        checkpoint = checkpoints.newest(out)
+        tokenizer, blocks = prepare(options)
+        if resume and (done := run_folder.finished(options, out, blocks.read)):
+            return done
+        checkpoint = checkpoints.newest(out) if resume else None
         if checkpoint is not None and main:
             checkpoints.check(checkpoint)
-        tokenizer, blocks = prepare(options)
-        if main:
-            run_folder.claim(out, options)
 
     set_seed(options.seed)
-    model = models.build(options.model, tokenizer, options.seq_len)
+    model, handle, loss = _model(options, method, tokenizer, checkpoint)
+    if handle is not None and checkpoint is None and handle.config.T1 is None:
+        _calibrate(handle, blocks, options, arguments)
+    peers.wrap(model, method)
+    for name, value in optimizers.arguments(method, model, options).items():
+        setattr(arguments, name, value)
+    if main:  # whatever can be refused has been
+        run_folder.claim(out, options, blocks.read, fresh=checkpoint is None)
+
+    metrics = Metrics(out / "metrics.jsonl")
+    trainer = _trainer(
+        options, method, arguments, out, model, handle, tokenizer, blocks, checkpoint, metrics, callbacks
+    )
+    gc.collect()
+    measure.reset_peak()
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except OSError as error:  # of what callbacks write
+        here = checkpoint_folder(arguments, trainer.state)
+        what = Path(error.filename or out)
+        raise checkpoints.ended(what, error, here, arguments, trainer.model, tokenizer) from error
+    peak = {"peak_process_bytes": measure.peak_process_bytes()}
+    if torch.cuda.is_available():
+        peak["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
+    _keep_model(options, trainer, out)
+    trainer.remove_callback(TensorBoardCallback)  # it would open a folder of its own
+    row, details = outcome.measured(outcome.Trained(options, method, trainer, blocks, peak), handle)
+    row |= {"loss": loss, "tokens_per_s": metrics.tokens_per_s, "train_s": metrics.elapsed}
+    row |= {"wall_s": time.perf_counter() - started, "out": str(out)}
+    if main:
+        result = results.document("train", [row])
+        files.write_json(out / "result.json", result | {"options": options.to_dict()} | details)
+    return row
+
+
+def _model(
+    options: Options, method: methods.Method, tokenizer: Any, checkpoint: Path | None
+) -> tuple[nn.Module, prac.Handle | None, str]:
+    """The model, compressed if it is to be; and which loss it has."""
+    model: nn.Module = models.build(options.model, tokenizer, options.seq_len)
     loss = _chunk_loss(model, options.loss)
     if method.lora:
         model = peers.adapt(model, method.velora)
@@ -103,15 +169,16 @@ def run(
         handle = prac.compress(model, options.config, include=options.include, exclude=options.exclude)
         if checkpoint is not None:
             handle.load(checkpoint)
-        elif options.config.T1 is None:
-            _calibrate(handle, blocks, options, arguments)
-    peers.wrap(model, method)
-    for name, value in optimizers.arguments(method, model, options).items():
-        setattr(arguments, name, value)
+    return model, handle, loss
 
+
+def _trainer(
+    options: Options, method: methods.Method, arguments: TrainingArguments, out: Path, model: nn.Module,
+    handle: prac.Handle | None, tokenizer: Any, blocks: tokens.Blocks, checkpoint: Path | None, metrics: Metrics,
+    callbacks: Sequence[TrainerCallback],
+) -> LabTrainer:  # fmt: skip
     spectra_batch = collate([blocks.validation[i] for i in range(min(len(blocks.validation), 4 * options.batch_size))])
-    metrics = Metrics(out / "metrics.jsonl")
-    trainer = LastingTrainer(
+    trainer = LabTrainer(
         model=model,
         args=arguments,
         train_dataset=blocks.train,
@@ -135,62 +202,15 @@ def run(
             trainer.add_callback(Layers(handle, trainer, every, out / run_folder.LAYERS, metrics))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    gc.collect()
-    measure.reset_peak()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    peak = {"peak_process_bytes": measure.peak_process_bytes()}
-    if torch.cuda.is_available():
-        peak["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
+    return trainer
 
-    trainer.remove_callback(TensorBoardCallback)  # it would open a folder of its own
-    val_loss = trainer.evaluate(blocks.validation)["eval_loss"]
-    batch = {name: tensor.to(arguments.device) for name, tensor in next(iter(trainer.get_train_dataloader())).items()}
-    # A compiled model keeps what its graphs keep; the module inside of it has none.
-    trained = trainer.model_wrapped if method.compiled else model
-    kept = measure.kept_by_layer(trained, batch, arguments.bf16)
-    if arguments.world_size == 1:
-        step = measure.step(trained, batch, trainer.optimizer, arguments.bf16)
-        peak["peak_step_bytes"] = step.peak
-        if method.selective:  # its cache is out of sight of what counts by layer
-            rest = step.activations - sum(layer["bytes"] for layer in kept)
-            kept.append({"module": "", "block": None, "kind": "selective checkpoints", "bytes": rest})
-    row = {
-        "method": options.method,
-        "seed": options.seed,
-        "model": options.model,
-        "data": options.data,
-        "tokenizer": options.tokenizer,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "loss": loss,
-        "steps": trainer.state.global_step,
-        "tokens": int(trainer.state.num_input_tokens_seen),
-        "val_loss": val_loss,
-        "val_ppl": measure.perplexity(val_loss),
-        "val_tokens": len(blocks.validation) * options.seq_len,
-        "unigram_entropy": blocks.unigram_entropy,
-        "peak_bytes": next(peak[name] for name in PEAKS if name in peak),
-        **peak,
-        "tokens_per_s": metrics.tokens_per_s,
-        "train_s": metrics.elapsed,
-        "wall_s": time.perf_counter() - started,
-        "device": str(arguments.device),
-        "processes": arguments.world_size,
-        "threads": torch.get_num_threads(),
-        "out": str(out),
-    }
-    row["kept_bytes"] = sum(layer["bytes"] for layer in kept)
-    row["kept_tokens"] = batch["input_ids"].numel()
-    details: dict[str, Any] = {"kept_by_layer": kept, "summary": None, "reconstruction_error": None}
-    if handle is not None:
-        details |= {"summary": handle.summary(), "reconstruction_error": handle.reconstruction_error(batch)}
-    if options.fsdp:  # its checkpoints are in shards
-        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        if trainer.is_world_process_zero():
-            model.save_pretrained(out / "model", state_dict=weights)
+
+def _keep_model(options: Options, trainer: LabTrainer, out: Path) -> None:
+    """Write the trained model for whoever uses it next; one in shards is put together first."""
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(trainer.model, options=whole) if options.fsdp else None
     if trainer.is_world_process_zero():
-        result = results.document("train", [row])
-        files.write_json(out / "result.json", result | {"options": options.to_dict()} | details)
-    return row
+        weights.save(trainer.model, trainer.processing_class, out / weights.MODEL, state)
 
 
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -211,8 +231,6 @@ def _chunk_loss(model: nn.Module, wanted: str) -> str:
     return "plain"
 
 
-# The first of these that there is: on CPU a process is mostly its libraries, so there a step is measured by itself.
-PEAKS = ("peak_cuda_bytes", "peak_step_bytes", "peak_process_bytes")
 CALIBRATION = 8  # batches, for bases that are made once
 
 
@@ -223,46 +241,6 @@ def _calibrate(handle: prac.Handle, blocks: tokens.Blocks, options: Options, arg
     handle.model.to(arguments.device)
     batches = (collate([blocks.train[i * size + j] for j in range(size)]) for i in range(count))
     prac.calibrate(handle, ({k: v.to(arguments.device) for k, v in batch.items()} for batch in batches))
-
-
-def _arguments(options: Options, method: methods.Method, out: Path) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(out),
-        max_steps=options.steps,
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.grad_accum,
-        dataloader_drop_last=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        learning_rate=options.lr,
-        weight_decay=options.weight_decay,
-        torch_compile=method.compiled,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.1},
-        warmup_steps=options.warmup_steps,
-        bf16=options.bf16,
-        ddp_find_unused_parameters=False,
-        fsdp=options.fsdp,
-        fsdp_config={"state_dict_type": "SHARDED_STATE_DICT"} if options.fsdp else None,
-        use_cpu=not torch.accelerator.is_available(),  # else it refuses bf16
-        seed=options.seed,
-        data_seed=options.seed,
-        eval_strategy="steps" if options.eval_every else "no",
-        eval_steps=options.eval_every or None,
-        prediction_loss_only=True,
-        label_names=["labels"],  # which it cannot find out of a model with adapters
-        # Without --save-every there is just the checkpoint that the Trainer makes after the last step.
-        save_strategy="steps",
-        save_steps=options.save_every or options.steps,
-        # Two, since the older one goes before the newer one is whole.
-        save_total_limit=2,
-        logging_steps=max(1, options.steps // 1000),
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="all",
-        disable_tqdm=True,
-        report_to="none",
-    )
 
 
 def _sample(blocks: Any, count: int) -> Any:
@@ -278,15 +256,3 @@ def _tensorboard(out: Path, checkpoint: Path | None) -> list[TrainerCallback]:
 
     step = None if checkpoint is None else checkpoints.step(checkpoint) + 1
     return [TensorBoardCallback(SummaryWriter(str(out / "tensorboard"), purge_step=step))]
-
-
-def _quiet() -> None:
-    """No chatter of the libraries below: the progress bar and the table say what there is to say."""
-    import datasets
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)

@@ -1,11 +1,10 @@
-"""The ``Trainer`` of ``prac train``: full disks do not end it, it shards on CPU too; and how its processes part."""
+"""The ``Trainer`` of ``prac train``: a checkpoint is whole or ends it, it shards on CPU too; how its processes part."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
-from safetensors import SafetensorError
 from transformers import Trainer
 
 from prac.integrations.transformers import checkpoint_folder
@@ -15,11 +14,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class LastingTrainer(Trainer):
-    """A ``Trainer`` that trains on where a checkpoint cannot be written, and leaves the ones before it alone.
-
-    With several processes it stops instead, since the others would wait for the one that failed.
-    """
+class LabTrainer(Trainer):
+    """A ``Trainer`` that ends where a checkpoint cannot be written, and leaves the ones before it alone."""
 
     def create_accelerator_and_postprocess(self) -> None:
         """Also shard on CPU: accelerate would silently train with DDP there, though FSDP2 itself runs."""
@@ -36,16 +32,13 @@ class LastingTrainer(Trainer):
         finally:
             self.args.dataloader_drop_last = drop
 
+    def get_batch_samples(self, *how: Any) -> Any:
+        """None where every step is done: resumed after its last one, a ``Trainer`` would take one more."""
+        return ([], None) if self.state.global_step >= self.state.max_steps else super().get_batch_samples(*how)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        checkpoint = checkpoint_folder(self.args, self.state)
-        try:
+        with checkpoints.whole(checkpoint_folder(self.args, self.state), self.args, self.model, self.processing_class):
             super()._save_checkpoint(model, trial)
-        except (OSError, SafetensorError) as error:
-            checkpoints.give_up(checkpoint, error, self.args)
-        except RuntimeError as error:  # what torch.save raises where the disk is full
-            if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
-                raise
-            checkpoints.give_up(checkpoint, error, self.args)
 
 
 def shard_on_cpu(accelerator: Accelerator, arguments: dict[str, Any]) -> None:

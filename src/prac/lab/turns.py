@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import select
 import socket
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Generator, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
 
+from prac.lab import children
+
 if TYPE_CHECKING:
+    from subprocess import Popen
+
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from prac.lab.callbacks import Metrics
@@ -49,29 +52,19 @@ def take_turns(commands: Sequence[Sequence[str]], steps: int) -> list[int]:
             run.close()
 
 
-def command(argv: Sequence[str]) -> list[str]:
-    """``prac ARGV…``, by this Python."""
-    return [sys.executable, "-m", "prac", *argv]
-
-
 def _run(argv: Sequence[str], steps: int) -> Generator[None, None, int]:
     """One run, turn by turn; returns its exit code. Closed early, it ends the process."""
     ours, theirs = socket.socketpair()
-    with ours:
+    with ours, ExitStack() as ends:
         with theirs:
-            environment = os.environ | {VARIABLE: f"{theirs.fileno()}:{steps}"}
-            process = subprocess.Popen(command(argv), env=environment, pass_fds=[theirs.fileno()])
-        try:
-            while _turn(ours, process):
-                yield
-            return process.wait()
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+            turns = {VARIABLE: f"{theirs.fileno()}:{steps}"}
+            process = ends.enter_context(children.started(argv, turns, pass_fds=[theirs.fileno()]))
+        while _turn(ours, process):
+            yield
+        return process.wait()
 
 
-def _turn(ours: socket.socket, process: subprocess.Popen[bytes]) -> bool:
+def _turn(ours: socket.socket, process: Popen[bytes]) -> bool:
     """Let it work until it has had its turn; returns whether it wants another one."""
     try:
         ours.sendall(b"\n")
