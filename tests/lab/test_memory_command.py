@@ -35,6 +35,37 @@ def test_table_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main([*SMALL, "--json", str(out)]) == 2  # it exists
 
 
+SHORT = ["memory", "--model", "llama-tiny", "--micro-batch", "1", "--seq-len", "16", "--loss", "plain"]
+
+
+def test_a_row_that_refuses_takes_no_other_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sixteen tokens cannot span the paper's subspaces."""
+    out, plot = tmp_path / "rows.json", tmp_path / "plot.svg"
+    assert main([*SHORT, "--methods", "plain", "paper", "lean", "--json", str(out), "--plot", str(plot)]) == 0
+    printed = capsys.readouterr().out
+    line, reason = [line for line in printed.splitlines() if line.strip().startswith("paper")]
+    assert line.count("–") == 3
+    assert reason.startswith("paper: model.layers.0") and "16 tokens cannot span" in reason
+    plain, paper, lean = json.loads(out.read_text())["rows"]
+    assert "cannot span" in paper["why_not"] and paper["peak_gib"] is None and paper["reduction"] is None
+    assert (plain["why_not"], lean["why_not"]) == ("", "") and lean["peak_gib"] > 0
+    assert "lean" in plot.read_text() and "paper" not in plot.read_text()
+
+
+def test_without_the_first_row_there_is_nothing_to_compare_with(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SHORT, "--methods", "paper", "plain"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("plain")]
+    assert line.count("–") == 1
+    assert main([*SHORT, "--methods", "paper", "pac"]) == 2  # none worked
+    assert "cannot span" in capsys.readouterr().err
+
+
+def test_what_is_small_is_shown_in_mib(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SHORT, "--methods", "plain"]) == 0
+    printed = capsys.readouterr().out
+    assert "MiB" in printed and "0.00" not in printed and "0.0 " not in printed
+
+
 def test_a_row_is_what_the_library_predicts() -> None:
     setting = footprint.Setting("gpt2-124m", 2, 64, "amp")
     (row,) = footprint.rows(setting, ["lean"], ["plain"])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prac.lab import models
+from prac.lab import children, models
 from prac.lab.methods import Method, parse
 from prac.lab.optimizers import galore_rank, is_matrix_of_a_block
 from prac.lab.peers import adapt, recompute
@@ -111,17 +112,25 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """The prediction for one method; ``reduction`` is the share of the first row's peak that it saves."""
+    """The prediction for one method, or why there is none.
+
+    ``reduction`` is the share of the first row's peak that it saves; None where the first row has none.
+    """
 
     method: str
     loss: str
     optimizer: str
-    peak_gib: float
-    activation_gib: float
-    reduction: float
-    where: str
-    at_peak: dict[str, int]
-    kept: dict[str, int]
+    peak_gib: float = math.nan
+    activation_gib: float = math.nan
+    reduction: float | None = None
+    where: str = ""
+    at_peak: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, int] = field(default_factory=dict)
+    why_not: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: None for what there is not."""
+        return {name: None if value != value else value for name, value in asdict(self).items()}
 
 
 def of(name: str) -> Method:
@@ -187,6 +196,9 @@ def rows(
 
     Large models are predicted by one process for each processor, so a script that calls this needs the usual
     ``if __name__ == "__main__"``. ``notify`` gets the name of each row that is done.
+
+    Raises:
+        ValueError: for a method or a model that there is not, and if no row can be predicted.
     """
     ways = [
         (method, loss, optimizer if of(method).optimizer == "adamw" else of(method).optimizer)
@@ -196,24 +208,38 @@ def rows(
         if of(method).optimizer == "adamw" or optimizer == optimizers[0]  # it brings an optimizer of its own
     ]
     found: list[Row] = []
-    for (method, loss, optimizer), it in zip(ways, _predictions(setting, ways), strict=True):
-        peak, parts = it.peak / 2**30, it.to_dict()
-        less = 1 - peak / found[0].peak_gib if found else 0.0
-        found.append(
-            Row(method, loss, optimizer, peak, it.activations / 2**30, less, it.where, parts["at_peak"], parts["kept"])
-        )
-        notify(f"{method}, {loss} loss, {optimizer}")
+    for way, it in zip(ways, _predictions(setting, ways), strict=True):
+        if isinstance(it, str):
+            found.append(Row(*way, why_not=it))
+        else:
+            peak, parts = it.peak / 2**30, it.to_dict()
+            base = found[0].peak_gib if found else peak
+            less = None if math.isnan(base) else 1 - peak / base
+            made = {"where": it.where, "at_peak": parts["at_peak"], "kept": parts["kept"]}
+            found.append(Row(*way, peak, it.activations / 2**30, less, **made))
+        notify("{}, {} loss, {}".format(*way))
+    if all(row.why_not for row in found):
+        raise ValueError(found[0].why_not)
     return found
 
 
-def _predictions(setting: Setting, ways: Sequence[tuple[str, str, str]]) -> Iterator[Breakdown]:
-    """One for each way, in order."""
+def _predictions(setting: Setting, ways: Sequence[tuple[str, str, str]]) -> Iterator[Breakdown | str]:
+    """One for each way, in order, or why there is none."""
     materials(setting)  # imports what the first prediction would be charged with
     begun = time.monotonic()
-    yield one(setting, *ways[0])
+    yield _one_or_why(setting, *ways[0])
     rest, processors = ways[1:], os.cpu_count() or 1
     if (time.monotonic() - begun) * len(rest) < WORTH_PROCESSES or processors == 1:
-        yield from (one(setting, *way) for way in rest)
+        yield from (_one_or_why(setting, *way) for way in rest)
         return
-    with ProcessPoolExecutor(min(processors, len(rest)), mp_context=get_context("spawn")) as pool:
-        yield from pool.map(one, [setting] * len(rest), *zip(*rest, strict=True))
+    workers = min(processors, len(rest))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=children.end_with_pool) as pool:
+        yield from pool.map(_one_or_why, [setting] * len(rest), *zip(*rest, strict=True))
+
+
+def _one_or_why(setting: Setting, method: str, loss: str, optimizer: str) -> Breakdown | str:
+    """A row that refuses takes no other with it."""
+    try:
+        return one(setting, method, loss, optimizer)
+    except (ValueError, RuntimeError) as error:
+        return " ".join(str(error).split())

@@ -68,10 +68,10 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace, argv: list[str]) -> int:
-    """Run ``prac memory``; returns 0.
+    """Run ``prac memory``; returns 0, also where some rows refuse.
 
     Raises:
-        ValueError: on bad input, and where a budget cannot be met; the message says what would do.
+        ValueError: on bad input, where every row refuses, and where a budget cannot be met, with what would do.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -80,8 +80,8 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     from prac.lab import footprint, results
 
     for path in (arguments.json, arguments.plot):
-        if path is not None and path.exists() and not arguments.overwrite:
-            raise ValueError(f"{path} exists; give --overwrite to replace it.")
+        files.check_new(path, arguments.overwrite)
+    models.check(arguments.model)
     recipe = models.recipe(arguments.model)
     micro_batch = recipe.batch_size if arguments.micro_batch is None else arguments.micro_batch
     seq_len = recipe.seq_len if arguments.seq_len is None else arguments.seq_len
@@ -108,12 +108,14 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
         )  # fmt: skip
     command = {"setting": asdict(setting) | {"command": " ".join(["prac", *argv])}}
     if arguments.json:
-        files.write_json(arguments.json, command | results.document("memory", [asdict(row) for row in rows]))
+        files.write_json(arguments.json, command | results.document("memory", [row.to_dict() for row in rows]))
     if arguments.plot:
         from prac.lab import plots
 
-        files.write(arguments.plot, plots.on_white(plots.footprint(rows)))
+        files.write(arguments.plot, plots.on_white(plots.footprint([row for row in rows if not row.why_not])))
     Console().print(table(rows, setting))
+    for reason in dict.fromkeys(f"{row.method}: {row.why_not}" for row in rows if row.why_not):
+        print(reason)
     return 0
 
 
@@ -122,10 +124,12 @@ def table(rows: list[Row], setting: Any) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
+    from prac.memory.breakdown import size
+
     found = Table(
         title=f"{setting.model}, {setting.micro_batch} × {setting.seq_len} tokens, {setting.dtype}: predicted",
-        caption="GiB. Kept: for backward. Less: of the first row's peak. Not in it: what CUDA itself takes, and what "
-        "an allocator holds without using it.",
+        caption="Kept: for backward. Less: of the first row's peak. Not in it: what CUDA itself takes, and what an "
+        "allocator holds without using it.",
         box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left", caption_justify="left",
     )  # fmt: skip
     optimizers = {row.optimizer for row in rows} & {"adamw", "adam-mini", "muon"}
@@ -135,10 +139,10 @@ def table(rows: list[Row], setting: Any) -> Table:
             found.add_column("optimizer", no_wrap=True)
     for row, after in zip(rows, [*rows[1:], None], strict=True):
         largest = sorted(row.at_peak.items(), key=lambda item: -item[1])[:2]
-        parts = ", ".join(f"{kind} {count / 2**30:.1f}" for kind, count in largest)
+        parts = ", ".join(f"{kind} {size(count)}" for kind, count in largest)
         names = (row.method, row.loss, row.optimizer) if len(optimizers) > 1 else (row.method, row.loss)
-        found.add_row(
-            *names, f"{row.peak_gib:.2f}", f"{row.reduction:.0%}", f"{row.activation_gib:.2f}", parts,
-            end_section=after is not None and after.loss != row.loss,
-        )  # fmt: skip
+        less = "–" if row.reduction is None else f"{row.reduction:z.0%}"
+        numbers = ("–",) * 3 if row.why_not else (size(row.peak_gib * 2**30), less, size(row.activation_gib * 2**30))
+        end = after is not None and after.loss != row.loss
+        found.add_row(*names, *numbers, "refused, see below" if row.why_not else parts, end_section=end)
     return found
