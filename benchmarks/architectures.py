@@ -267,7 +267,9 @@ def main() -> int:
         for row in rows:
             if row["architecture"] == name and row["faults"]:
                 way = f"{row['setting']}{', example' if row['example'] else ''}"
-                console.print(f"{name}, {way}: {'; '.join(row['faults'])}", markup=False, highlight=False)
+                console.print(
+                    f"{name}, {way}: {'; '.join(row['faults'])}", markup=False, highlight=False, soft_wrap=True
+                )
     results.write(arguments.json, "benchmarks/architectures.py", rows)
     console.print(table(rows))
     return int(any(row["faults"] for row in rows))

@@ -35,11 +35,12 @@ def compressed_when_trained(of_class: type[nn.Module]) -> Iterator[list[str]]:
     """
     original = nn.Module.train
     compressed: list[str] = []
-    inside: list[nn.Module] = []  # `train` calls itself on a model's parts
+    inside: list[nn.Module] = []  # `train` calls itself on a model's parts, and prac runs the model to look at it
 
     def compress(module: nn.Module) -> None:
-        if any(isinstance(part, Compressed) for part in module.modules()):
+        if inside or any(isinstance(part, Compressed) for part in module.modules()):
             return
+        inside.append(module)
         try:
             prac.compress(module, EXACT)
         except ValueError as error:
@@ -47,6 +48,8 @@ def compressed_when_trained(of_class: type[nn.Module]) -> Iterator[list[str]]:
                 raise
         else:
             compressed.append(type(module).__name__)
+        finally:
+            inside.pop()
 
     def train(module: nn.Module, mode: bool = True) -> nn.Module:
         inside.append(module)
@@ -54,7 +57,7 @@ def compressed_when_trained(of_class: type[nn.Module]) -> Iterator[list[str]]:
             original(module, mode)
         finally:
             inside.pop()
-        if mode and not inside and isinstance(module, of_class):
+        if mode and isinstance(module, of_class):
             compress(module)
         return module
 
@@ -113,6 +116,5 @@ class _Outcomes:
         self.outcomes.append(report.outcome)
         if report.outcome == "failed" and not self.error:
             crash = getattr(report.longrepr, "reprcrash", None)
-            self.error = (str(report.longrepr) if crash is None else f"{crash.path}:{crash.lineno}: {crash.message}")[
-                :300
-            ]
+            text = str(report.longrepr) if crash is None else f"{crash.path}:{crash.lineno}: {crash.message}"
+            self.error = text.splitlines()[0]

@@ -121,7 +121,9 @@ def main() -> int:
             for compressed in (False, True)
         ]
         row = compared(model, *both)
-        console.print(f"{model}: {sum(row['prac'].values())} tests{told(row)}", markup=False, highlight=False)
+        console.print(
+            f"{model}: {sum(row['prac'].values())} tests{told(row)}", markup=False, highlight=False, soft_wrap=True
+        )
         return row
 
     with ThreadPoolExecutor(arguments.workers) as pool:
