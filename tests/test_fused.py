@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from helpers import relative
+from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 
 from prac import fused as module
@@ -86,6 +87,20 @@ def test_nothing_is_written_but_what_comes_out(bits: int) -> None:
             kernel()
         # Beside it, a few numbers for each group.
         assert found.peak <= size + 0.25 * g.nbytes
+
+
+@pytest.mark.skipif(not torch._inductor.config.cpp.cxx[1], reason="no C++ compiler")
+def test_one_kernel_whatever_needs_a_gradient() -> None:
+    torch._dynamo.reset()
+    x, other = torch.randn(2, 37, 57)
+    leaf = torch.randn(37, 57, requires_grad=True)
+    with torch.no_grad():
+        kernels.inner(x, other, None)
+        made = counters["frames"]["ok"]
+        assert made
+        for dz in (leaf, leaf.view(37, 57), other):
+            torch.testing.assert_close(kernels.inner(dz, other, None), (dz * other).sum(-1, keepdim=True))
+    assert counters["frames"]["ok"] == made
 
 
 def test_any_number_of_tokens_with_a_bounded_number_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

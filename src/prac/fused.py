@@ -43,6 +43,8 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     lengths: dict[Any, set[int]] = {}
 
     def by_kernel(args: tuple[Any, ...]) -> Any:
+        if not torch.is_grad_enabled():  # as in an op: a kernel would be made anew for inputs that need a gradient
+            args = _detached(args)
         key, tokens = tuple(_static(a) for a in args), args[0].shape[0]
         seen = lengths.setdefault(key, set())
         if tokens in seen or len(seen) < EXACT_LENGTHS:
@@ -129,6 +131,12 @@ def _static(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_static(v) for v in value)
     return value
+
+
+def _detached(value: Any) -> Any:
+    if type(value) is tuple:
+        return tuple(_detached(v) for v in value)
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _free_tokens(args: tuple[Any, ...], tokens: int) -> None:
