@@ -79,11 +79,37 @@ def allocated(model: nn.Module, x: Tensor) -> None:
     step(model, x)
 
 
+class Asks(nn.Module):
+    """Decides by a number that it computes, which a copy without numbers cannot."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        return y if y.sum().item() < 1e9 else -y
+
+
+def watched(model: nn.Module, x: Tensor) -> None:
+    asks = Asks(model)
+    handle = prac.compress(asks, "lean")
+    step(asks, x)
+    assert "has no example" not in handle.summary()
+    step(asks, x)
+
+
+def watched_with_example(model: nn.Module, x: Tensor) -> None:
+    asks = Asks(model)
+    prac.compress(asks, "lean", example=x)
+    step(asks, x)
+
+
 @pytest.mark.parametrize(
     "use",
     [
         only_compressed, with_example, by_the_first_batch, at_a_rank, restored, failed, failing_example, calibrated,
-        allocated,
+        allocated, watched, watched_with_example,
     ],
 )  # fmt: skip
 def test_after_del_nothing_is_alive(use: Callable[[nn.Module, Tensor], None], no_collector: None) -> None:

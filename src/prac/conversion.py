@@ -35,6 +35,7 @@ class Conversion:
         notes: why a module was left alone.
         shared: what all of its layers share.
         is_final: whether the model's structure was known when its layers were made.
+        is_undone: whether its layers have been restored.
         state: of a handle, to be taken up as soon as the structure is known.
     """
 
@@ -44,7 +45,7 @@ class Conversion:
         self.notes: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self.shared = Shared()
         self.clock.on_step = self.shared.stepped
-        self.is_final = False
+        self.is_final = self.is_undone = False
         self.state: dict[str, Any] | None = None
         self._layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -152,6 +153,7 @@ class Conversion:
 
     def swap(self, model: nn.Module, layers: Layers) -> None:
         """Swap the layers in."""
+        self.is_undone = False
         modules = dict(model.named_modules())
         for name, (match, estimators, source) in layers.items():
             module, own = modules[name], modules[name]
@@ -188,6 +190,7 @@ class Conversion:
                     originals[module] = record.stands_for
         _replace(model, originals)
         self._layers.clear()
+        self.is_undone = True
 
 
 def _replace(model: nn.Module, others: Mapping[nn.Module, nn.Module]) -> None:

@@ -57,6 +57,7 @@ def compress(
         A handle with ``summary()``, ``restore()``, ``state_dict()`` and more.
 
     Raises:
+        TypeError: ``model`` is no module, or ``config`` or ``example`` is of another kind.
         ValueError: nothing matched, the model is compressed already, the preset is unknown,
             a rank does not fit a layer (the message names it), ``config.layers`` names what keeps nothing,
             the model fails on ``example``, or the loss cannot be chunked. The model is then unchanged.
@@ -65,6 +66,8 @@ def compress(
     >>> handle = compress(model, "paper", example=torch.zeros(2, 8, 64))
     >>> print(handle.summary())
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"prac.compress takes a model (an nn.Module), got {type(model).__name__}.")
     config = as_config(config)
     if loss not in (None, "chunked"):
         raise ValueError(f'loss must be "chunked" or None, got {loss!r}.')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +54,9 @@ def _fails(model: nn.Module, error: Exception) -> str:
     )
 
 
+_lock = threading.Lock()
+
+
 class FirstBatch:
     """A hook before the model's forward, until it has seen a batch to train on.
 
@@ -76,6 +80,11 @@ class FirstBatch:
         """Before the model's forward."""
         if not (model.training and torch.is_grad_enabled()):
             return
+        with _lock:  # of several threads the first looks, and the others find it done
+            if self in model._forward_pre_hooks.values():
+                self._look(model, args, kwargs)
+
+    def _look(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         structure = self._seen or self._without_numbers(model, args, kwargs)
         self.conversion.shared.is_waiting = False
         if structure is None:

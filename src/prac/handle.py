@@ -139,6 +139,8 @@ class Handle:
         Plain containers, numbers and tensors; ``torch.save`` it and ``torch.load`` it with
         ``weights_only=True``. The model's own ``state_dict`` does not contain it.
         """
+        if self._conversion.state is not None:  # taken up when the first batch comes
+            return self._conversion.state | {"step": self.step}
         return saving.state_of(self.model, self._clock)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -150,7 +152,7 @@ class Handle:
         if self._conversion.is_final:
             saving.take_up(state, self.model, self._clock)
         else:  # the first batch shows for which layers
-            self._conversion.state, self._clock.step = state, state["step"]
+            self._conversion.state, self._clock.step = state, state.get("step", 0)
 
     def save(self, folder: str | Path) -> None:
         """Write :meth:`state_dict` into ``folder``, as ``prac.pt``; with several processes, a file each."""

@@ -141,8 +141,9 @@ class Plan:
             if source is not None:
                 # Used only where the source is not what the probe saw, or keeps nothing (a frozen norm of an input
                 # that needs no gradient): then x is kept here, in full where it is there anyway.
-                group = self.config.group if isinstance(self.config.group, Bits) else Bits(8)
-                bits = None if source.what == "attention" else group
+                linear, group = self.config.linear, self.config.group
+                own_bits = linear if isinstance(linear, Bits) else group if isinstance(group, Bits) else Bits(8)
+                bits = None if source.is_there_anyway else own_bits
                 own = Stored(bits, clock, unbiased=True, name=full_name, seed=self.config.seed)
                 estimators[tensor] = self._leaders.setdefault(("instead of", self.structure.reads.get(name, name)), own)
                 continue

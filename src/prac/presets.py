@@ -41,10 +41,13 @@ def as_config(config: Config | str) -> Config:
     """A preset by name, or the config itself.
 
     Raises:
+        TypeError: for anything else.
         ValueError: for an unknown preset; the message lists the known ones.
     """
     if isinstance(config, Config):
         return config
+    if not isinstance(config, str):
+        raise TypeError(f"config must be a prac.Config or a preset's name, got {type(config).__name__}.")
     if config not in PRESETS:
         raise ValueError(f"unknown preset {config!r}; choose one of {', '.join(PRESETS)}, or pass a prac.Config.")
     return PRESETS[config]

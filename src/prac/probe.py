@@ -60,9 +60,12 @@ def probe(model: nn.Module, names: Sequence[str], args: Sequence[Any], kwargs: M
                 with Watch(model, names) as watch:
                     seen.append(watch.structure(model(*args, **kwargs), args, kwargs))
             except Exception as error:  # a stranger's forward; the other mode may do
-                failed = error.with_traceback(None)  # which would hold this frame, and all that it refers to
-    if failed is not None and not seen:
-        raise failed
+                failed = error
+    try:
+        if failed is not None and not seen:
+            raise failed
+    finally:
+        failed = None  # its traceback holds this frame
     return seen[0] if len(seen) == 1 else _together(*seen)
 
 

@@ -10,14 +10,14 @@ from torch import nn
 
 from prac.conversion import Conversion
 from prac.estimator import Estimator
-from prac.layers import Compressed, Source
+from prac.layers import Compressed, Match, Source, recognise
 from prac.stored import Stored
 from prac.summary import Row, is_leaf, why_left
 
 
 def rows_of(model: nn.Module, conversion: Conversion) -> list[Row]:
     """Every module with parameters of its own or of a known kind."""
-    return _Rows(model).all(conversion.notes)
+    return _Rows(model).all({} if conversion.is_undone else conversion.notes, conversion.is_undone)
 
 
 def maker_of(layers: Mapping[str, Compressed], name: str) -> str:
@@ -48,13 +48,16 @@ class _Rows:
         self.layers = {name: m for name, m in model.named_modules() if isinstance(m, Compressed)}
         self.described: dict[Estimator | Source, str] = {}  # who first keeps it
 
-    def all(self, notes: Mapping[nn.Module, str]) -> list[Row]:
+    def all(self, notes: Mapping[nn.Module, str], is_undone: bool) -> list[Row]:
         rows = []
         for name, module in self.model.named_modules():
             if isinstance(module, Compressed):
                 rows.append(self.compressed(name, module))
             elif notes.get(module) or is_leaf(module):
-                note = notes.get(module) or why_left(module)
+                note = notes.get(module)
+                if note is None and isinstance(recognise(module), Match):
+                    note = "restored" if is_undone else "added or changed since: stays in full"
+                note = note or why_left(module)
                 rows.append(Row(name, type(module).__name__, "-", "", None, None, note))
         return rows
 
@@ -66,7 +69,9 @@ class _Rows:
         replaced = "its forward was replaced after compress" if "forward" in vars(layer) else layer.differs()
         if replaced or (record.departs and not _keeps_own(layer)):
             note = f"{replaced}: it keeps its input in full" if replaced else record.departs
-            return Row(**row, rank="", before=None, after=None, note=note)
+            known = [e.width for tensor, e in layer.estimators.items() if tensor != "y" and e.width is not None]
+            full = 0 if "keeps nothing" in note else sum(known) * dtype.itemsize
+            return Row(**row, rank="in full" if known else "", before=full, after=full, note=note)
         if layer.kind == "linear" and weight is not None and not weight.requires_grad:
             reads = record.source is not None and not record.source.is_there_anyway and "y" in layer.estimators
             if not reads:

@@ -35,6 +35,10 @@ def take_up(state: dict[str, Any], model: nn.Module, clock: Clock) -> None:
         ValueError: if it is of another model or config; the message says what differs.
     """
     layers = layers_of(model)
+    if missing := sorted({"step", "shared", "subspaces"} - set(state)):
+        raise ValueError(
+            f"this is no state of prac: it lacks {', '.join(missing)}; give what handle.state_dict() gave."
+        )
     if set(state["shared"]) != set(layers):
         odd = sorted(set(state["shared"]) ^ set(layers))
         raise ValueError(f"the saved state is of other layers than this model's: {', '.join(odd[:5])}.")

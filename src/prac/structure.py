@@ -21,6 +21,11 @@ def as_call(example: Example) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """The arguments, by position and by name, that an example stands for."""
     if isinstance(example, Mapping):
         return (), example
+    if not isinstance(example, Tensor | Sequence) or isinstance(example, str):
+        raise TypeError(
+            "a batch is a tensor, a sequence of positional arguments or a mapping of keyword arguments, got "
+            f"{type(example).__name__}."
+        )
     return ((example,) if isinstance(example, Tensor) else tuple(example)), {}
 
 
@@ -75,9 +80,11 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """All tensors in nested lists and mappings."""
+    """All tensors in nested lists and mappings, and in what plain objects hold."""
     if isinstance(tree, Tensor):
         return [tree]
     if isinstance(tree, Mapping):
         tree = list(tree.values())
+    elif not isinstance(tree, list | tuple | type | nn.Module) and hasattr(tree, "__dict__"):
+        tree = [value for value in vars(tree).values() if isinstance(value, Tensor | Mapping | list | tuple)]
     return [t for item in tree for t in tensors_in(item)] if isinstance(tree, list | tuple) else []

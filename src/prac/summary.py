@@ -122,5 +122,5 @@ def why_left(module: nn.Module) -> str:
     if isinstance(module, nn.MultiheadAttention):
         return "its input projection runs inside a function, out of reach; its input stays in full"
     if not any(True for _ in module.parameters(recurse=False)):
-        return "no parameters; not a GELU or SiLU"
+        return "no parameters of its own"
     return "not a kind that prac compresses; what it keeps stays in full"

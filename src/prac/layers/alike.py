@@ -37,9 +37,9 @@ def distance(
                 module.train(training)
                 for child in held:
                     child.eval()
-                before = way(module), _random_state(x)
+                before = _state(module), _random_state(x)
                 found.append(_value_and_gradient(module, x, dy))
-                if not _same(before, (way(module), _random_state(x))):
+                if not _same(before, (_state(module), _random_state(x))):
                     return float("inf")
             module.eval()
             expected = _value_and_gradient(formula, x, dy)
@@ -64,6 +64,12 @@ def _apart(a: Tensor, b: Tensor) -> float:
     largest = b.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny)
     apart = ((a - b).abs().amax(-1) / largest).max().item()
     return apart if apart == apart else float("inf")
+
+
+def _state(module: nn.Module) -> tuple[Any, ...]:
+    """Its plain attributes, and how much is in its lists and dicts."""
+    sizes = {name: len(value) for name, value in vars(module).items() if isinstance(value, list | dict | set)}
+    return way(module), sizes
 
 
 def _random_state(x: Tensor) -> tuple[Any, ...]:

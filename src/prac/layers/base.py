@@ -88,11 +88,11 @@ class Shared:
             )
         self.trains = self.evaluates = False
 
-    def warn(self, text: str) -> None:
-        """Once for a model."""
+    def warn(self, text: str, name: str = "") -> None:
+        """Once for a model, with the name of the layer where it was seen first."""
         if text not in self.said:
             self.said.add(text)
-            warnings.warn(text, stacklevel=3)
+            warnings.warn(f"{name}: {text}" if name else text, stacklevel=3)
 
 
 @dataclass
@@ -201,8 +201,9 @@ class Compressed(nn.Module):
         if not warn:
             return
         record.shared.warn(
-            f"a {record.original.__name__} compressed by prac does not do as planned: {why} "
-            "(handle.summary() shows which)."
+            f"this {record.original.__name__}, compressed by prac, does not do as planned: {why} "
+            "(handle.summary() shows where else).",
+            record.name,
         )
 
     def extra_repr(self) -> str:

@@ -37,8 +37,11 @@ class Linear(Compressed):
         if not trained(self.weight) and scalars_M2 is None:
             return self._original(x)
         if source is None and self._prac.source is not None and not self._prac.source.is_there_anyway:
-            what = f"what it reads is not made of {self._prac.source.what} alone: it keeps an input of its own"
-            self.depart(what, warn=x.requires_grad)  # a norm that needs no gradient keeps nothing
+            if not x.requires_grad:
+                self.depart("the norm before it keeps nothing: it keeps an input of its own", warn=False)
+            else:  # one warning is enough, where the MLP around it has given one
+                why = f"what it reads is not made of {self._prac.source.what} alone"
+                self.depart(f"{why}: it keeps an input of its own", warn=not self._prac.shared.said)
         return linear(
             x, *self.parameters_ON(), source or self.estimators["x"], scalars_M2=scalars_M2, keep_y=keep_y
         )  # fmt: skip

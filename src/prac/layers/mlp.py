@@ -74,7 +74,10 @@ class MLP(Compressed):
         roles = self._prac.match.facts.roles
         linears = [self.get_submodule(name) for name in (*roles.into, roles.down)]
         ours = all(isinstance(layer, Linear) and not layer.differs() for layer in linears)
-        alone = not any(is_hooked(child) or "forward" in vars(child) for child in self.children())
+        alone = not any(
+            is_hooked(child) or "forward" in vars(child) or type(child).__call__ is not nn.Module.__call__
+            for child in self.children()
+        )
         return isinstance(self.estimators["gate"], Stored) and ours and alone
 
     def _parameters_ON(self, name: str) -> tuple[Tensor, Tensor | None]:

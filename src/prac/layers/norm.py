@@ -62,6 +62,7 @@ class SharedNorm(Compressed):
         """(..., n) to (..., n)."""
         bias = getattr(self, "bias", None)
         if not trained(x, self.weight, bias):
+            self.depart("nothing before it needs a gradient: it keeps nothing", warn=False)
             return self._original(x)
         y, normed = normalise(x, self.weight, bias, _norm(self, x), self.estimators["x"], self._dtype(x))
         return mark(y, normed._replace(weight=self._lasting(self.weight), bias=self._lasting(bias)))
@@ -96,7 +97,8 @@ def recognise(module: nn.Module) -> Match | str | None:
     if not type(module).__name__.endswith("Norm") or any(module.children()):
         return None
     weight = getattr(module, "weight", None)
-    if list(dict(module.named_parameters())) != ["weight"] or weight is None or weight.dim() != 1:
+    own = [*dict(module.named_parameters()), *dict(module.named_buffers())]
+    if own != ["weight"] or weight is None or weight.dim() != 1:
         return "a norm, but not one over the last dimension with a weight and nothing else"
     formula = _rms_formula(module, weight.numel())
     if formula is None:
