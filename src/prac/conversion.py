@@ -17,7 +17,7 @@ from prac.clock import Clock
 from prac.config import Config
 from prac.estimator import Estimator
 from prac.layers import Compressed, ElementWise, Match, Source, attention, overrides_forward, recognise, swap, unswap
-from prac.layers.base import Shared
+from prac.layers.record import Shared
 from prac.plan import Plan
 from prac.probe import Structure
 from prac.tangible import is_hollow

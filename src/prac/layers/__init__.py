@@ -6,9 +6,10 @@ from torch import nn
 from prac.layers import activation, linear, mlp, norm
 from prac.layers.activation import ElementWise
 from prac.layers.attention import Attention
-from prac.layers.base import Compressed, Match, Source, overrides_forward, swap, unswap
+from prac.layers.base import Compressed, overrides_forward, swap, unswap
 from prac.layers.mlp import MLP
 from prac.layers.norm import SharedNorm
+from prac.layers.record import Match, Source
 
 __all__ = [
     "MLP",

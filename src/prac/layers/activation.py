@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from prac.config import Kind
 from prac.layers.alike import distance
-from prac.layers.base import Compressed, Match, trained
+from prac.layers.base import Compressed, trained
+from prac.layers.record import Match
 from prac.ops import ACTIVATIONS, Activation, activated, activation
 from prac.source import mark
 from prac.stored import Stored

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prac.layers.base import way
+from prac.layers.record import way
 from prac.quiet import quietly
 
 GENERATOR_SEED = 0

@@ -10,7 +10,8 @@ from torch.overrides import TorchFunctionMode
 
 from prac.config import Kind
 from prac.estimator import Estimator
-from prac.layers.base import Compressed, Match
+from prac.layers.base import Compressed
+from prac.layers.record import Match
 from prac.ops.attention import attention, enough, why_not
 from prac.source import mark
 from prac.stored import Stored

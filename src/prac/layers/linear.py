@@ -7,7 +7,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from prac.config import Kind
-from prac.layers.base import Compressed, Match, trained
+from prac.layers.base import Compressed, trained
+from prac.layers.record import Match
 from prac.ops import Normed, linear
 from prac.ops.function import autocast_dtype
 from prac.source import source_of

@@ -14,8 +14,9 @@ from prac.config import Kind
 from prac.estimator import Tensors
 from prac.layers.activation import function_of
 from prac.layers.alike import distance
-from prac.layers.base import Compressed, Match, Way, has_hooks, is_hooked, trained, way
+from prac.layers.base import Compressed, has_hooks, is_hooked, trained
 from prac.layers.linear import Linear
+from prac.layers.record import Match, Way, way
 from prac.ops import ACTIVATIONS, Activation, Normed, glu, norm_mlp, product
 from prac.quiet import quietly
 from prac.source import mark, source_of

@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from prac.config import Kind
 from prac.layers.alike import distance
-from prac.layers.base import Compressed, Match, trained
+from prac.layers.base import Compressed, trained
+from prac.layers.record import Match
 from prac.ops import Norm, layer_norm, normalise, rms_norm
 from prac.source import mark
 from prac.tangible import tangible
