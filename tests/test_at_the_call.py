@@ -310,7 +310,11 @@ def test_changes_before_the_first_batch_and_methods_taken_before() -> None:
 
 def test_pickling_says_what_to_do() -> None:
     model = build("plain")
-    handle = prac.compress(model, "lean", example=IDS)
+    handle = prac.compress(model, "lean")
+    with pytest.raises(TypeError, match=r"state_dict\(\).*restore\(\)"):  # while it waits for a batch
+        torch.save(model, io.BytesIO())
+    copy.deepcopy(model)(IDS)
+    model(IDS)
     with pytest.raises(TypeError, match=r"state_dict\(\).*restore\(\)"):
         torch.save(model, io.BytesIO())
     twin = copy.deepcopy(model)

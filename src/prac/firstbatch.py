@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from prac.conversion import Conversion
 from prac.layers import Compressed
+from prac.layers.base import refuse_pickle
 from prac.probe import Structure, Watch, probe
 from prac.structure import Example, as_call
 from prac.tangible import hollow, is_hollow
@@ -69,6 +71,13 @@ class FirstBatch:
     def __init__(self, conversion: Conversion) -> None:
         self.conversion = conversion
         self._seen: Structure | None = None
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuses, as the layers do."""
+        refuse_pickle("")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FirstBatch:
+        return FirstBatch(copy.deepcopy(self.conversion, memo))
 
     def attach(self, model: nn.Module) -> None:
         """Wait for a batch."""

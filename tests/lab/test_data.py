@@ -88,7 +88,7 @@ def parquet():
 FILES = {
     "rows.jsonl": JSONL.encode(), "rows.ndjson": JSONL.encode(), "rows.json": json.dumps(ROWS).encode(),
     "rows.JSONL": JSONL.encode(), "rows [1] *.jsonl": JSONL.encode(), "rows.csv": csv_of(",").encode(),
-    "rows.tsv": csv_of("\t").encode(), "rows.parquet": parquet(), "rows.jsonl.gz": gzip.compress(JSONL.encode()),
+    "rows.tsv": csv_of("\t").encode(), "rows.parquet": parquet(), "rows.jsonl.gz": gzip.compress(JSONL.encode(), mtime=0),
     "rows.csv.bz2": bz2.compress(csv_of(",").encode()), "rows.json.xz": lzma.compress(json.dumps(ROWS).encode()),
 }  # fmt: skip
 
@@ -136,7 +136,11 @@ def test_a_file_that_is_not_what_it_says_is_one_error_with_its_name(tmp_path, na
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("a.txt.gz", gzip.compress(b"hello there")), ("a.TXT", b"hello there"), ("a.md", b"\xef\xbb\xbfhello there")],
+    [
+        ("a.txt.gz", gzip.compress(b"hello there", mtime=0)),
+        ("a.TXT", b"hello there"),
+        ("a.md", b"\xef\xbb\xbfhello there"),
+    ],
 )
 def test_text_that_is_packed_or_marked(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)

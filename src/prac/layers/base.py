@@ -117,11 +117,7 @@ class Compressed(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuses: a compressed class is made at run time, so a pickle could not find it."""
-        raise TypeError(
-            f"{self._prac.name or 'the model'} is compressed by prac and cannot be pickled whole (torch.save(model), "
-            "multiprocessing's spawn). Save model.state_dict(), and handle.state_dict() beside it; or call "
-            "handle.restore() first and prac.compress again afterwards."
-        )
+        refuse_pickle(self._prac.name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """As of any module, with subspaces, draws and steps of its own from then on."""
@@ -161,6 +157,19 @@ def _refuse_others(name: str, x: Tensor) -> None:
             f"{name}: its input is {what}, which prac cannot compress. Leave the layer out: "
             f"prac.compress(model, exclude={name!r})."
         )
+
+
+def refuse_pickle(name: str) -> NoReturn:
+    """Say what to do instead.
+
+    Raises:
+        TypeError: always.
+    """
+    raise TypeError(
+        f"{name or 'the model'} is compressed by prac and cannot be pickled whole (torch.save(model), "
+        "multiprocessing's spawn). Save model.state_dict(), and handle.state_dict() beside it; or call handle.restore() first and "
+        "prac.compress again afterwards."
+    )
 
 
 def trained(*tensors: Tensor | None) -> bool:
