@@ -78,22 +78,14 @@ def compress(model: nn.Module, batch: Batch, config: Config | None, example: boo
 # --- one model, one way ------------------------------------------------------------------------
 
 
-def measured(
-    architecture: Architecture, config: Config | None, example: bool, plain: list[Gradients], modules: dict[str, int]
-) -> Row:
-    """Bytes and gradients of one way to train.
-
-    ``plain`` has plain training's gradients, ``modules`` what it keeps of each module; or they are filled with that.
-    """
+def measured(architecture: Architecture, config: Config | None, example: bool, plain: list[Gradients]) -> Row:
+    """Bytes and gradients of one way to train; ``plain`` has plain training's gradients, or is filled with them."""
     model = architecture.build()
     batch = architecture.batch(model)
     handle = compress(model, batch, config, example)
     steps = [gradients(model, batch, number) for number in (1, 2)]
     if config is None:
         plain += steps
-        with track_kept(model, batch) as kept:
-            forward(model, batch, 2)
-        modules |= kept.by_module
     compared = [compare(ours, theirs) for ours, theirs in zip(steps, plain, strict=True)]
 
     known = [*model.parameters(), *model.buffers(), *tree_leaves(batch)]
@@ -116,10 +108,7 @@ def measured(
         row["compressed"] = {kind: sum(each.what == kind for each in rows) for kind in sorted({r.what for r in rows})}
         layers = {r.name: ((r.after or 0) * read.get(r.name, 0), kept.by_module.get(r.name, 0)) for r in rows}
         row["promised_bytes"], row["layers_bytes"] = map(sum, zip(*layers.values(), strict=True))
-        # An attention module keeps more than attention does: rotary tables, masks.
-        beside = {r.name: modules.get(r.name, 0) - (r.before or 0) * read.get(r.name, 0) for r in rows}
-        more = {r.name: max(0, beside[r.name]) if r.what == "attention" else 0 for r in rows}
-        row["promise_broken"] = {n: (a, b) for n, (a, b) in layers.items() if not a <= b <= a + more[n]}
+        row["promise_broken"] = {name: pair for name, pair in layers.items() if pair[0] != pair[1]}
     return row
 
 
@@ -165,7 +154,6 @@ def outlived(architecture: Architecture, config: Config | None, example: bool) -
 def rows_of(architecture: Architecture) -> list[Row]:
     """One for each way; what fails has its error in place of numbers."""
     plain: list[Gradients] = []
-    modules: dict[str, int] = {}
     found: list[Row] = []
     architecture.build()  # imports what it is made of
     gc.collect()
@@ -177,7 +165,7 @@ def rows_of(architecture: Architecture) -> list[Row]:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 try:
-                    row |= measured(architecture, config, example, plain, modules)
+                    row |= measured(architecture, config, example, plain)
                     row |= outlived(architecture, config, example)
                 except Exception as error:  # one architecture's failure is a row, not the end
                     row["error"] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"

@@ -88,7 +88,8 @@ def parquet():
 FILES = {
     "rows.jsonl": JSONL.encode(), "rows.ndjson": JSONL.encode(), "rows.json": json.dumps(ROWS).encode(),
     "rows.JSONL": JSONL.encode(), "rows [1] *.jsonl": JSONL.encode(), "rows.csv": csv_of(",").encode(),
-    "rows.tsv": csv_of("\t").encode(), "rows.parquet": parquet(), "rows.jsonl.gz": gzip.compress(JSONL.encode(), mtime=0),
+    "rows.tsv": csv_of("\t").encode(), "rows.parquet": parquet(),
+    "rows.jsonl.gz": gzip.compress(JSONL.encode(), mtime=0),
     "rows.csv.bz2": bz2.compress(csv_of(",").encode()), "rows.json.xz": lzma.compress(json.dumps(ROWS).encode()),
 }  # fmt: skip
 

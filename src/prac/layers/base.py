@@ -167,8 +167,8 @@ def refuse_pickle(name: str) -> NoReturn:
     """
     raise TypeError(
         f"{name or 'the model'} is compressed by prac and cannot be pickled whole (torch.save(model), "
-        "multiprocessing's spawn). Save model.state_dict(), and handle.state_dict() beside it; or call handle.restore() first and "
-        "prac.compress again afterwards."
+        "multiprocessing's spawn). Save model.state_dict(), and handle.state_dict() beside it; or call "
+        "handle.restore() first and prac.compress again afterwards."
     )
 
 
