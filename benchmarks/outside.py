@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,25 +53,38 @@ class Living(TorchDispatchMode):
 
 @dataclass
 class Saved:
-    """What autograd's hooks on saved tensors show, each storage once."""
+    """What autograd's hooks on saved tensors show, each storage once, and who saved it."""
 
     found: dict[int, Tensor] = field(default_factory=dict)
+    savers: dict[int, set[str]] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
         """Their sum."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.found.values())
 
+    def of(self, name: str) -> tuple[int, int]:
+        """Bytes that nobody saved but one module, and all that it saved: what a layer costs lies in between."""
+        sizes = {key: tensor.untyped_storage().nbytes() for key, tensor in self.found.items()}
+        every = [key for key, names in self.savers.items() if name in names]
+        return sum(sizes[key] for key in every if len(self.savers[key]) == 1), sum(sizes[key] for key in every)
+
 
 @contextmanager
-def saved(known: Iterable[Any]) -> Iterator[Saved]:
-    """Count what autograd saves inside the block, but for the storages of ``known``."""
+def saved(known: Iterable[Any], running: Sequence[str] = ("",)) -> Iterator[Saved]:
+    """Count what autograd saves inside the block, but for the storages of ``known``.
+
+    Args:
+        known: tensors that are not counted.
+        running: names of the modules that run, the innermost last, kept up to date by somebody else.
+    """
     kept, owned = Saved(), storages(known)
 
     def pack(tensor: Tensor) -> Tensor:
         key = tensor.untyped_storage()._cdata
         if key not in owned:
             kept.found.setdefault(key, tensor.detach())
+            kept.savers.setdefault(key, set()).add(running[-1])
         return tensor if tensor.grad_fn is None else tensor.detach()  # an output that its node saves is a cycle
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
