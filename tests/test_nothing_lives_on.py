@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import BATCH, IDS, M, N, build
-from outside import live_bytes
+from liveness import live_bytes
 from torch import Tensor, nn
 
 import prac

@@ -69,10 +69,12 @@ class SharedNorm(Compressed):
         return mark(y, normed._replace(weight=self._lasting(self.weight), bias=self._lasting(bias)))
 
     def _lasting(self, p: Tensor | None) -> Tensor | None:
-        """γ or β for backward; a copy where FSDP frees it once the norm has run, while its readers still need it."""
-        if p is None or (not hasattr(type(self), "unshard") and p.untyped_storage().nbytes() == p.nbytes):
-            return p
-        return p.detach().clone()
+        """γ or β for backward; among several processes a copy, since sharding (FSDP, ZeRO) frees a parameter in place.
+
+        It does so when the block of the norm is done, forward or backward, while readers in another still need it.
+        """
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return p.detach().clone() if several and p is not None else p
 
     def _dtype(self, x: Tensor) -> torch.dtype:
         """Of the output, as the original has it."""

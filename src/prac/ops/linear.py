@@ -58,8 +58,8 @@ class _Linear(torch.autograd.Function):
         # Cast here rather than by autocast itself: its cache would hand a cast made without
         # grad to later users of the same weight. Backward casts again, and so saves a copy.
         with torch.autocast(x.device.type, enabled=False):
-            x_MN = x.to(dtype).reshape(-1, x.shape[-1])
-            y_MO = F.linear(x_MN, weight_ON.to(dtype), cast(bias_O, dtype))
+            # In x's own shape and layout, by which torch chooses the product that it takes, and so the last bit.
+            y_MO = F.linear(x.to(dtype), weight_ON.to(dtype), cast(bias_O, dtype)).flatten(end_dim=-2)
         if scalars_M2 is not None:
             assert keep_y is not None
             kept_y = keep_y.keep(y_MO)
