@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import BATCH, IDS, M, N, build
 from liveness import live_bytes
+from models import BATCH, IDS, M, N, build
 from torch import Tensor, nn
 
 import prac
