@@ -376,3 +376,45 @@ def test_ordinary_training_gives_no_warning() -> None:
             prac.compress(model, prac.PRESETS["lean"].replace(min_width=8))
             if family == "plain":
                 model(IDS).sum().backward()
+
+
+class Odd(nn.Module):
+    """Attention over few keys, left out at random by a number; a layer that reads what is kept, but across its rows."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.q, self.k, self.v, self.o, self.across = (nn.Linear(N, N) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.rand([]) > 2:  # no tensor without numbers can tell
+            return x
+        return self.across(self.o(self.attend(x)).mT.contiguous().exp().mT)
+
+    def attend(self, x: Tensor) -> Tensor:
+        few = x[:, ::4]
+        projected = (self.q(x), self.k(few), self.v(few))
+        q, k, v = (t.unflatten(-1, (2, N // 2)).transpose(1, 2) for t in projected)
+        dropout = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.filterwarnings("ignore:attention_bits")
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_summary_promises_what_training_keeps(dropout: float, given: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Odd(dropout).train(), torch.randn(4, 20, N)
+    config = EXACT.replace(linear=prac.Bits(8), group=None, attention_bits=4)
+    handle = prac.compress(model, config, include="*", **({"example": x} if given else {}))
+    model(x).sum().backward()
+    with track_kept(model, x) as kept:
+        model(x).sum()
+    rows = {row.name: row for row in handle.rows() if row.compressed}
+    assert ("" in rows) == (dropout == 0.0)  # the attention, that a CPU has no flash kernel with dropout for
+    if not dropout:
+        # q and the output of a query, k and v of a quarter of a key: 4 bits and a scale of 2 bytes for each of 2 heads.
+        assert rows.pop("").after == 2.5 * (N // 2 + 4)
+    promised = {name: row.after * (20 if name in ("k", "v") else 80) for name, row in rows.items() if row.after}
+    assert promised == {name: size for name, size in kept.by_module.items() if name}
+    assert ("o" in promised) == (dropout > 0.0)

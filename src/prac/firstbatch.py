@@ -36,7 +36,9 @@ def structure_of(
     if not is_made_up or not has_numbers:
         try:
             with hollow(model, args, kwargs) as (twin, *batch):
-                return probe(twin, names, *batch)
+                found = probe(twin, names, *batch)
+            if found.of_training or not has_numbers:
+                return found
         except Exception as error:  # a stranger's forward, that asks for numbers, or for a kernel
             if not has_numbers:
                 raise ValueError(_fails(model, error)) from error
@@ -109,9 +111,10 @@ class FirstBatch:
                 for layer in twin.modules():
                     if isinstance(layer, Compressed):
                         layer._prac.suspended = True
-                return probe(twin, names, *batch)
+                found = probe(twin, names, *batch)
         except Exception:  # a stranger's forward, that asks for numbers, or for a kernel
             return None
+        return found if found.of_training else None
 
     def _watch(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         watch = Watch(model, self.conversion.names(model))

@@ -5,6 +5,7 @@ Found by watching the model run, so that no architecture has to be known by name
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ class Structure:
     # stand in for it.
     attention: dict[str, tuple[int, int, int] | str] = field(default_factory=dict)
     hidden: set[str] = field(default_factory=set)  # it ran where checkpointing hides what is kept
+    of_training: bool = True  # False where the model only ran in eval mode
 
     def readers(self, name: str) -> list[str]:
         """The modules that read what ``name`` returned."""
@@ -51,14 +53,14 @@ def probe(model: nn.Module, names: Sequence[str], args: Sequence[Any], kwargs: M
     kept.
     """
     failed: Exception | None = None
-    seen: list[Structure] = []
+    seen: dict[bool, Structure] = {}
     with quietly(model), torch.enable_grad():
         for training in (True, False):
             if training != model.training:  # modules that were set otherwise stay so where the model trains
                 model.train(training)
             try:
                 with Watch(model, names) as watch:
-                    seen.append(watch.structure(model(*args, **kwargs), args, kwargs))
+                    seen[training] = watch.structure(model(*args, **kwargs), args, kwargs)
             except Exception as error:  # a stranger's forward; the other mode may do
                 failed = error
     try:
@@ -66,7 +68,9 @@ def probe(model: nn.Module, names: Sequence[str], args: Sequence[Any], kwargs: M
             raise failed
     finally:
         failed = None  # its traceback holds this frame
-    return seen[0] if len(seen) == 1 else _together(*seen)
+    if False not in seen:
+        return seen[True]
+    return _together(seen[True], seen[False]) if True in seen else dataclasses.replace(seen[False], of_training=False)
 
 
 def _together(training: Structure, evaluation: Structure) -> Structure:
@@ -164,7 +168,8 @@ class Watch:
             # The tensors are alive until here, so equal ids mean the same tensor.
             found.reads[name] = id(whole(x))
             found.width[name] = x.shape[-1]
-            if _storage(x) in self._kept:
+            # Where rows of x have no address of their own, a copy of it would be kept.
+            if _storage(x) in self._kept and _storage(x.flatten(end_dim=-2)) in self._kept:
                 found.keeps_input.add(name)
             y = self._writes[name]
             if isinstance(y, Tensor):
@@ -250,10 +255,13 @@ def _uses(outputs: Sequence[Tensor]) -> dict[Any, int]:
 
 
 def example_for(model: nn.Module) -> Example | None:
-    """A small input, for models that follow Hugging Face's conventions; None for others."""
+    """A small input, for models that follow Hugging Face's conventions; None for others.
+
+    None too for models made of several (a text alone would not show what becomes of pictures).
+    """
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
     parameter = next(model.parameters(), None)
-    if config is None or parameter is None:
+    if config is None or parameter is None or set(getattr(config, "sub_configs", ())) - {"text_config"}:
         return None
     device = parameter.device
     if main == "input_ids" and getattr(config, "vocab_size", None):

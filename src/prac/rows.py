@@ -87,8 +87,11 @@ class _Rows:
             return Row(**row, rank=label, before=0, after=0, note=f"shares the Z of {other}")
         self.described.update(dict.fromkeys(estimators, name))
         statistics = layer.statistics * torch.promote_types(dtype, torch.float32).itemsize
-        before = sum((e.width or 0) * dtype.itemsize for e in estimators) + statistics
-        after = sum(e.bytes_per_token(dtype.itemsize) for e in estimators) + statistics
+        # Per token that the module reads: of attention that is a query.
+        share = {"k": record.keys_per_query, "v": record.keys_per_query}
+        kept = {e: share.get(tensor, 1.0) for tensor, e in layer.estimators.items() if tensor != "y"}
+        before = round(sum(s * (e.width or 0) * dtype.itemsize for e, s in kept.items())) + statistics
+        after = round(sum(s * e.bytes_per_token(dtype.itemsize) for e, s in kept.items())) + statistics
         return Row(**row, rank=label, before=before, after=after, note=record.departs)
 
     def reader(self, row: dict[str, Any], layer: Compressed, dtype: torch.dtype) -> Row:

@@ -80,6 +80,7 @@ def _attend(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+    layer._prac.keys_per_query = key.shape[-2] / query.shape[-2]
     out, kept = attention(
         query, key, value, layer.enough_bits(query, key, scale),
         mask=attn_mask, dropout=dropout_p, causal=is_causal, scale=scale, gqa=enable_gqa,

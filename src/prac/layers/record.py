@@ -107,4 +107,5 @@ class Record:
     stands_for: nn.Module | None = None  # the module in whose place this one is
     suspended: bool = False  # keep everything in full for a while
     due: int = 0  # the optimizer step at which it is to decide again how to keep, where it decides
+    keys_per_query: float = 1.0  # of attention, in its last training call
     departs: str = ""  # why its last training call was not as planned
