@@ -11,6 +11,7 @@ import torch
 from helpers import Steps, gradients, loss
 from models import BATCH, FAMILIES, build
 from torch import Tensor, nn
+from transformers import masking_utils
 
 import prac
 from prac import ops
@@ -29,7 +30,13 @@ def fresh() -> Any:
 
 
 def batch_for(family: str) -> dict[str, Tensor]:
-    return BATCH if family in ("llama", "gpt2") else FAMILIES[family][1]
+    """One text of which is shorter: without a mask some versions of transformers make one in graphs, and there alone."""
+    batch = BATCH if family in ("llama", "gpt2") else FAMILIES[family][1]
+    if "input_ids" not in batch:
+        return batch
+    mask = torch.ones_like(batch["input_ids"])
+    mask[0, -3:] = 0
+    return batch | {"attention_mask": mask}
 
 
 def kept(model: nn.Module, run: Any, batch: dict[str, Tensor]) -> int:
@@ -59,7 +66,9 @@ def agree(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         for preset in PRESETS
     ],
 )
-def test_the_same_gradients_and_the_same_bytes(family: str, preset: str) -> None:
+def test_the_same_gradients_and_the_same_bytes(family: str, preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if family == "vit":  # it takes no mask, and the same versions make one
+        monkeypatch.setattr(masking_utils, "is_tracing", lambda *tensor: False)
     model, batch = build(family), batch_for(family)
     prac.compress(model, prac.PRESETS[preset].replace(min_width=8))
     twin = copy.deepcopy(model)
@@ -73,13 +82,13 @@ def test_the_same_gradients_and_the_same_bytes(family: str, preset: str) -> None
 
 
 def test_with_kernels_by_inductor() -> None:
-    model = build("llama")
+    model, batch = build("llama"), batch_for("llama")
     prac.compress(model, prac.PRESETS["lean"].replace(min_width=8))
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin)
-    expected, found = gradients(model, **BATCH), gradients(compiled, **BATCH)
+    expected, found = gradients(model, **batch), gradients(compiled, **batch)
     agree(found, expected)
-    assert kept(twin, compiled, BATCH) == pytest.approx(kept(model, model, BATCH), rel=0.05)
+    assert kept(twin, compiled, batch) == pytest.approx(kept(model, model, batch), rel=0.05)
 
 
 def test_another_length_every_step() -> None:
