@@ -30,7 +30,7 @@ def fresh() -> Any:
 
 
 def batch_for(family: str) -> dict[str, Tensor]:
-    """One text of which is shorter: without a mask some versions of transformers make one in graphs, and there alone."""
+    """One text is shorter: without a mask some versions of transformers make one in graphs, and there alone."""
     batch = BATCH if family in ("llama", "gpt2") else FAMILIES[family][1]
     if "input_ids" not in batch:
         return batch
