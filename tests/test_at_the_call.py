@@ -343,3 +343,18 @@ def test_trained_in_eval_mode_is_told_once() -> None:
         block.eval()(X)  # evaluation with gradients on, then training: as people do
         block.train()
         step()
+
+
+def test_of_like_blocks_one_is_tried_and_of_others_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[nn.Module] = []
+    try_it = prac.layers.mlp._computed_by
+    monkeypatch.setattr(prac.layers.mlp, "_computed_by", lambda m, roles: tried.append(m) or try_it(m, roles))
+    torch.manual_seed(0)
+    model = nn.Sequential(*(FeedForward() for _ in range(6))).train()
+    with torch.no_grad():
+        model[1].w2.weight.mul_(3)
+    model[2].limit = 5
+    model[3].register_buffer("scale", torch.ones(()))
+    handle = prac.compress(model, "lean", include="*", example=X)
+    assert tried == [model[0], model[2]]
+    assert [row.name for row in handle.rows() if row.what == "activation"] == ["0", "1", "2", "4", "5"]

@@ -6,7 +6,7 @@ import copy
 import fnmatch
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from prac.probe import Structure
 from prac.tangible import is_hollow
 
 Filter = str | Sequence[str] | Callable[[nn.Module, str], bool]
+Found = dict[str, Match | str | None]
 Layers = dict[str, tuple[Match, dict[str, Estimator], Source | None]]
 
 
@@ -49,31 +50,38 @@ class Conversion:
         self.state: dict[str, Any] | None = None
         self._layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-    def names(self, model: nn.Module) -> list[str]:
-        """Of the modules whose inputs and outputs matter."""
-        modules = dict(model.named_modules())
-        layers = [module for module in modules.values() if isinstance(module, Compressed)]
+    def found(self, model: nn.Module) -> Found:
+        """What each module is recognised as, by name."""
+        layers = [module for module in model.modules() if isinstance(module, Compressed)]
         for layer in layers:
             layer._prac.suspended = True
         try:
-            found = self._found(model)
+            device = next((p.device for p in model.parameters() if not is_hollow(p)), torch.device("cpu"))
+            known: dict[Hashable, Match | None] = {}
+            return {name: recognise(module, device, known) for name, module in model.named_modules()}
         finally:
             for layer in layers:
                 layer._prac.suspended = False
-        return [n for n, match in found.items() if isinstance(match, Match) or isinstance(modules[n], Compressed)]
 
-    def _found(self, model: nn.Module) -> dict[str, Match | str | None]:
-        device = next((p.device for p in model.parameters() if not is_hollow(p)), torch.device("cpu"))
-        return {name: recognise(module, device) for name, module in model.named_modules()}
+    def names(self, model: nn.Module, found: Found | None = None) -> list[str]:
+        """Of the modules whose inputs and outputs matter."""
+        found = self.found(model) if found is None else found
+        layers = {name for name, module in model.named_modules() if isinstance(module, Compressed)}
+        return [name for name, match in found.items() if isinstance(match, Match) or name in layers]
 
-    def plan(self, model: nn.Module, structure: Structure | None) -> Layers:
+    def plan(self, model: nn.Module, structure: Structure | None, found: Found | None = None) -> Layers:
         """The layers to swap in, by name; the model stays as it is.
+
+        Args:
+            model: without layers of prac's.
+            structure: where it is known.
+            found: by :meth:`found`, where that was asked already.
 
         Raises:
             ValueError: nothing matched, a rank does not fit a layer, or ``config.layers`` names what keeps nothing.
         """
         config, modules = self.config, dict(model.named_modules())
-        found = self._found(model)
+        found = self.found(model) if found is None else found
         matches = {name: match for name, match in found.items() if isinstance(match, Match)}
         notes = {name: why for name, why in found.items() if isinstance(why, str)}
         known = Structure() if structure is None else structure

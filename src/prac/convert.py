@@ -74,14 +74,15 @@ def compress(
     if any(isinstance(module, Compressed) for module in model.modules()):
         raise ValueError("this model is compressed already; call handle.restore() on the handle you have first.")
     conversion = Conversion(model, config, include, exclude)
-    names = conversion.names(model)
+    found = conversion.found(model)
+    names = conversion.names(model, found)
     if example is not None:
         structure = structure_of(model, names, example)
     else:
         made_up = example_for(model)
         structure = None if made_up is None else structure_of(model, names, made_up, is_made_up=True)
     # All that may raise comes before the model is changed, and the loss takes itself out again where it does not fit.
-    plan = conversion.plan(model, structure)
+    plan = conversion.plan(model, structure, found)
     chunked = ChunkedLoss(model) if loss == "chunked" else None
     conversion.swap(model, plan)
     if structure is None:

@@ -1,10 +1,13 @@
 """Layers that keep compressed activations, one file per kind."""
 
+from collections.abc import Hashable
+
 import torch
 from torch import nn
 
 from prac.layers import activation, linear, mlp, norm
 from prac.layers.activation import ElementWise
+from prac.layers.alike import signature
 from prac.layers.attention import Attention
 from prac.layers.base import Compressed, overrides_forward, swap, unswap
 from prac.layers.mlp import MLP
@@ -26,11 +29,27 @@ __all__ = [
 ]
 
 
-def recognise(module: nn.Module, device: torch.device | None = None) -> Match | str | None:
+def recognise(
+    module: nn.Module, device: torch.device | None = None, known: dict[Hashable, Match | None] | None = None
+) -> Match | str | None:
     """How to compress a module: a :class:`Match`, why not (a str), or None for no such kind.
 
-    ``device`` is where modules without parameters are tried; it is that of the model.
+    Args:
+        module: it stays as it is.
+        device: where modules without parameters are tried; it is that of the model.
+        known: what was found of other modules of the model, by :func:`prac.layers.alike.signature`, filled here: of
+            the like blocks of a deep model one is tried.
     """
+    key = None if known is None else signature(module)
+    if known is not None and key in known:
+        return known[key]
+    found = _recognise(module, device)
+    if known is not None and key is not None and not isinstance(found, str):  # a reason may be of its weights
+        known[key] = found
+    return found
+
+
+def _recognise(module: nn.Module, device: torch.device | None) -> Match | str | None:
     found: Match | str | None = None
     for kind in (linear, norm):
         found = found or kind.recognise(module)

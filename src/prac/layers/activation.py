@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prac.config import Kind
-from prac.layers.alike import distance
+from prac.layers.alike import distances
 from prac.layers.base import Compressed, trained
 from prac.layers.record import Match
 from prac.ops import ACTIVATIONS, Activation, activated, activation
@@ -46,8 +46,9 @@ def function_of(module: nn.Module, device: torch.device | None = None) -> Activa
         return None
     with tangible(module):
         x = torch.linspace(-6, 6, 97, device="cpu", dtype=torch.float32).to(device or "cpu")
-        apart = {distance(module, function.forward, x): function for function in ACTIVATIONS.values()}
-    return apart[min(apart)] if min(apart) < 1e-5 else None
+        functions = list(ACTIVATIONS.values())
+        apart = distances(module, [function.forward for function in functions], x)
+    return functions[apart.index(min(apart))] if min(apart) < 1e-5 else None
 
 
 def recognise(module: nn.Module, device: torch.device | None = None) -> Match | str | None:

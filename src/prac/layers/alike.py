@@ -1,9 +1,10 @@
-"""Whether a stranger's module computes a formula: asked by running both."""
+"""Whether a stranger's module computes a formula, asked by running both; and whether two modules are alike."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,24 +13,46 @@ from torch import Tensor, nn
 from prac.layers.record import way
 from prac.quiet import quietly
 
-GENERATOR_SEED = 0
+MOST = 12  # modules inside of one that is worth comparing with others
+_OWN = set(vars(nn.Module()))
 
 
-def distance(
-    module: nn.Module, formula: Callable[[Tensor], Tensor], x: Tensor, *, held: Sequence[nn.Module] = ()
-) -> float:
-    """The largest difference between what the module and the formula give for ``x``, values and gradients.
+def signature(module: nn.Module) -> Hashable | None:
+    """Equal for modules of one model that do the same with other weights; None for those of many parts.
+
+    It knows attributes that are not plain by their identity, and so is of use only while the modules stay as they are.
+    """
+    inside = list(islice(module.named_modules(), MOST + 1))
+    return None if len(inside) > MOST else tuple((name, *_looks(part)) for name, part in inside)
+
+
+def _looks(module: nn.Module) -> tuple[Any, ...]:
+    forward, settings = way(module)
+    plain = tuple((name, type(value), value) for name, value in settings.items())
+    others = tuple(
+        (name, id(value)) for name, value in vars(module).items() if name not in settings | dict.fromkeys(_OWN)
+    )
+    shapes = tuple((n, p if p is None else (p.shape, p.dtype, p.device)) for n, p in module._parameters.items())
+    buffers = tuple((name, id(buffer)) for name, buffer in module._buffers.items())
+    return type(module), forward, plain, others, shapes, buffers
+
+
+def distances(
+    module: nn.Module, formulas: Sequence[Callable[[Tensor], Tensor]], x: Tensor, *, held: Sequence[nn.Module] = ()
+) -> list[float]:
+    """The largest difference between what the module and each formula give for ``x``, values and gradients.
 
     In eval mode and in training, of each row in units of its largest value. Infinite where the module draws random
     numbers, changes itself, gives something of another shape or dtype, or fails.
 
     Args:
         module: a stranger's; it is run quietly (:func:`prac.quiet.quietly`).
-        formula: what it may compute; may call children of the module.
+        formulas: what it may compute; may call children of the module.
         x: (..., n), where the module lives, of many sizes: what cuts large values off shows there alone.
         held: children that stay in eval mode, since their training is known (a dropout).
     """
-    dy = torch.randn(x.shape[:-1], generator=torch.Generator().manual_seed(GENERATOR_SEED), device="cpu").to(x)
+    dy = torch.randn(x.shape[:-1], generator=torch.Generator().manual_seed(0), device="cpu").to(x)
+    nothing = [float("inf")] * len(formulas)
     try:
         with quietly(module), torch.enable_grad():
             found = []
@@ -40,12 +63,19 @@ def distance(
                 before = _state(module), _random_state(x)
                 found.append(_value_and_gradient(module, x, dy))
                 if not _same(before, (_state(module), _random_state(x))):
-                    return float("inf")
+                    return nothing
             module.eval()
-            expected = _value_and_gradient(formula, x, dy)
-            return max(_apart(a, b) for pair in found for a, b in zip(pair, expected, strict=True))
-    except Exception:  # any failure of a stranger's forward means: not this formula
+            return [_from_all(found, formula, x, dy) for formula in formulas]
+    except Exception:  # any failure of a stranger's forward means: none of these
+        return nothing
+
+
+def _from_all(found: list[tuple[Tensor, Tensor]], formula: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> float:
+    try:
+        expected = _value_and_gradient(formula, x, dy)
+    except Exception:  # it calls the stranger's children
         return float("inf")
+    return max(_apart(a, b) for pair in found for a, b in zip(pair, expected, strict=True))
 
 
 def _value_and_gradient(function: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prac.config import Kind
 from prac.estimator import Tensors
 from prac.layers.activation import function_of
-from prac.layers.alike import distance
+from prac.layers.alike import distances
 from prac.layers.base import Compressed, has_hooks, is_hooked, trained
 from prac.layers.linear import Linear
 from prac.layers.record import Match, Way, way
@@ -218,15 +218,17 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
 def _computed_by(module: nn.Module, candidates: list[tuple[Roles, int]]) -> list[tuple[Roles, int]]:
     """Those of the candidates that the module computes, in both modes; of those that differ in f alone, the nearest."""
     errors: dict[tuple[Roles, int], float] = {}
-    for roles, width in candidates:
+    for _, group in itertools.groupby(candidates, key=lambda candidate: candidate[0].into[0]):
+        like = list(group)
+        roles = like[0][0]
         try:
             x = _tokens(module, roles)
         except Exception:  # any failure of a stranger's forward means: not an MLP that begins so
             continue
         held = [module.get_submodule(roles.dropout)] if roles.dropout else []
-        error = distance(module, functools.partial(_expected, module, roles), x, held=held)
-        if error <= 32 * torch.finfo(x.dtype).eps:
-            errors[roles, width] = error
+        found = distances(module, [functools.partial(_expected, module, roles) for roles, _ in like], x, held=held)
+        most = 32 * torch.finfo(x.dtype).eps
+        errors |= {each: error for each, error in zip(like, found, strict=True) if error <= most}
     nearest: dict[Roles, tuple[Roles, int]] = {}
     for roles, width in sorted(errors, key=lambda found: errors[found]):
         nearest.setdefault(roles._replace(function=candidates[0][0].function), (roles, width))

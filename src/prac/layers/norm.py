@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from prac.config import Kind
-from prac.layers.alike import distance
+from prac.layers.alike import distances
 from prac.layers.base import Compressed, trained
 from prac.layers.record import Match
 from prac.ops import Norm, layer_norm, normalise, rms_norm
@@ -131,14 +131,13 @@ def _evaluated(twin: nn.Module, n: int) -> tuple[float | None, float] | None:
     # Rows of ordinary size, and rows so small that eps decides.
     sizes = torch.tensor([[1.0], [max(eps, 1e-12) ** 0.5]] * 4, **f32)
     x = (torch.randn(8, n, generator=generator, **f32) * sizes).to(device)
-    for offset in (0.0, 1.0):
 
-        def formula(x: Tensor, offset: float = offset) -> Tensor:
-            return (offset + weight) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    def formula(offset: float, x: Tensor) -> Tensor:
+        return (offset + weight) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
-        if distance(twin, formula, x) < 1e-4:
-            return its_eps, offset
-    return None
+    offsets = (0.0, 1.0)
+    apart = distances(twin, [functools.partial(formula, offset) for offset in offsets], x)
+    return next(((its_eps, offset) for offset, far in zip(offsets, apart, strict=True) if far < 1e-4), None)
 
 
 @functools.cache
