@@ -61,7 +61,9 @@ def test_a_budget_that_cannot_be_met_says_by_how_much_and_what_would_fit() -> No
         prac.fit(model(), batch(), 1000)
 
 
-@pytest.mark.parametrize(("config", "sizes"), [(None, (3, 45, 100)), ("lean", (45,))])
+@pytest.mark.parametrize(
+    ("config", "sizes"), [(None, (3, 45, 100)), pytest.param("lean", (45,), marks=pytest.mark.long)]
+)
 def test_the_largest_batch(config: str | None, sizes: tuple[int, ...]) -> None:
     for rows in sizes:
         limit = predict(model(), batch(rows), config).peak

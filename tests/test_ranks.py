@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 
+import pytest
 import torch
 from helpers import gradients
 from models import build
@@ -37,6 +38,7 @@ def variance(ranks: list[int], monkeypatch) -> Tensor:
     return (draws - draws.mean(0)).square().sum(1) * DRAWS / (DRAWS - 1)
 
 
+@pytest.mark.long
 def test_two_ranks_have_less_variance_than_one(monkeypatch) -> None:
     """With the same total batch, by 4 standard errors: 16% less here.
 

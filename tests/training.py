@@ -145,11 +145,12 @@ def plain_loop(model: nn.Module, batch: dict[str, Tensor], cell: Cell) -> Ran:
 
 def accelerate_loop(model: nn.Module, batch: dict[str, Tensor], cell: Cell) -> Ran:
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, GradientState
 
     from prac.lab.trainer import shard_on_cpu
 
-    AcceleratorState._reset_state()  # it keeps the settings of the first one
+    AcceleratorState._reset_state()  # they keep the settings of the first one
+    GradientState._reset_state()
     accumulation = 2 if cell.wrapper == "accumulation" else 1
     accelerator = Accelerator(
         cpu=True, mixed_precision="bf16" if cell.dtype == "bf16 autocast" else "no",

@@ -97,6 +97,7 @@ def test_bad_input_is_one_line(more, message, argv, tmp_path, capsys):
     assert err.count("\n") == 1 and message in err
 
 
+@pytest.mark.long
 def test_runs_take_turns(argv, compared, tmp_path, monkeypatch, capsys):
     """A step each, round after round, until one fails, which takes no other with it; and to the same losses."""
     order = []
