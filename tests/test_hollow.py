@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,3 +168,25 @@ def test_samples_are_counted_by_most_tensors() -> None:
     assert _rows(torch.empty(5, 2)) == _rows((torch.empty(5, 2), torch.tensor(0))) == 5
     with pytest.raises(ValueError, match="no tensor whose rows"):
         _rows({"scale": torch.tensor(1.0)})
+
+
+def test_what_a_model_refuses_on_a_made_up_input_is_not_in_the_log(capfd: pytest.CaptureFixture[str]) -> None:
+    class Fussy(nn.Module):
+        main_input_name = "input_ids"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = SimpleNamespace(vocab_size=9)
+            self.embed, self.block = nn.Embedding(9, 32), nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32))
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.block(self.embed(input_ids).masked_fill(torch.ones(64, 1) == 0, 0.0))
+
+    with hollow(Fussy(), torch.zeros(2, 9, dtype=torch.long)) as (twin, ids), pytest.raises(RuntimeError):
+        twin(ids)
+    model = Fussy().train()
+    handle = prac.compress(model, "lean")
+    model(torch.zeros(2, 64, dtype=torch.long)).sum().backward()
+    assert any(row.compressed for row in handle.rows())
+    found = capfd.readouterr()
+    assert not found.out and not found.err

@@ -6,6 +6,7 @@ A tensor is hollow if it has a shape but no numbers: on the meta device, or made
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,6 +93,7 @@ def hollow(model: nn.Module, *inputs: Any) -> Iterator[tuple[Any, ...]]:
         WholeNumbers(),
         torch.device("cpu"),
         _no_packed_sequences(),
+        _no_complaints(),
     ):
         # Also what a forward pass left on its modules: deepcopy refuses tensors that have a graph.
         left = [t for module in model.modules() for t in tree_leaves(list(vars(module).values()))]
@@ -130,6 +132,17 @@ def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *args: Any, **
     if a.dim() == b.dim():
         groups = a.shape[:-2] if offs is None else tuple(offs.shape)
     return a.new_empty(*groups, a.shape[-2], b.shape[-1])
+
+
+@contextmanager
+def _no_complaints() -> Iterator[None]:
+    """Leave out of the log what torch finds wrong with a stranger's operation: it is raised too, and caught or told."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 @contextmanager
