@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import gradients, relative
-from models import BATCH, IDS, Block, FeedForward, N, build
+from models import BATCH, IDS, Block, FeedForward, M, N, build
 from torch import Tensor, nn
 
 import prac
@@ -358,3 +358,72 @@ def test_of_like_blocks_one_is_tried_and_of_others_each(monkeypatch: pytest.Monk
     handle = prac.compress(model, "lean", include="*", example=X)
     assert tried == [model[0], model[2]]
     assert [row.name for row in handle.rows() if row.what == "activation"] == ["0", "1", "2", "4", "5"]
+
+
+class Squared(nn.Module):
+    def __init__(self, act: nn.Module | None = None) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(N, M, bias=False), act or nn.Identity(), nn.Linear(M, N, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.relu(self.act(self.fc1(x))).square())
+
+
+class Times(FeedForward):
+    factor = 0.85
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.factor
+
+
+@pytest.mark.parametrize("act", [None, nn.GELU()])
+def test_weights_of_zero_are_no_mlp_of_a_known_formula(act: nn.Module | None) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.RMSNorm(N), Squared(act), nn.RMSNorm(N), Squared(act)).train()
+    nn.init.zeros_(model[1].fc2.weight)
+    plain = copy.deepcopy(model)
+    handle = prac.compress(model, EXACT, include="*", example=X)
+    assert "weights of zero" in {row.name: row for row in handle.rows()}["1"].note
+    with torch.no_grad():
+        for m in (model, plain):
+            m[1].fc2.weight.copy_(m[3].fc2.weight)
+    agree(model, plain, X)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_does_not_hide_a_factor(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    assert recognise(Times().to(dtype)) is None
+    found = recognise(FeedForward().to(dtype))
+    assert isinstance(found, prac.layers.Match) and found.facts == recognise(FeedForward()).facts
+
+
+class Posted(FeedForward):
+    """Its last step is None in one block, and in another a module that it has already."""
+
+    def __init__(self, post: bool) -> None:
+        super().__init__()
+        self.act = nn.SiLU()
+        self.post = self.act if post else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.w2(self.act(self.w1(x)) * self.w3(x))
+        return y if self.post is None else self.post(y)
+
+
+class Marked(FeedForward):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * getattr(self.w2.weight, "scale", 1.0)
+
+
+def test_blocks_that_only_look_alike_are_tried_each() -> None:
+    torch.manual_seed(0)
+    marked = Marked()
+    marked.w2.weight.scale = 3.0
+    for first, second in ((Posted(False), Posted(True)), (Marked(), marked)):
+        model = nn.Sequential(nn.RMSNorm(N), first, nn.RMSNorm(N), second).train()
+        plain = copy.deepcopy(model)
+        if hasattr(second.w2.weight, "scale"):
+            plain[3].w2.weight.scale = 3.0
+        prac.compress(model, EXACT, include="*", example=X)
+        agree(model, plain, X)

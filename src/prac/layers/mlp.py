@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -165,8 +166,13 @@ def recognise(module: nn.Module, device: torch.device | None = None) -> Match | 
     ]
     if not candidates:
         return None
-    with tangible(module) as tried:
+    with tangible(module) as real:
+        # In float32, since the rounding of fewer bits is as large as what sets one formula apart from another.
+        half = any(p.dtype in (torch.bfloat16, torch.float16) for p in real.parameters())
+        tried = copy.deepcopy(real).float() if half else real
         found = _computed_by(tried, candidates)
+        if not found and any(_is_zero(tried.get_submodule(name)) for name in linears):
+            return "weights of zero do not show what it computes: its layers are compressed one by one, f stays in full"
         if not found or (dropout and not _ends_in(tried, dropout, found[0][0].down)):
             return None
     if len(found) > 1:  # with weights of zero, gate and up cannot be told apart
@@ -175,6 +181,11 @@ def recognise(module: nn.Module, device: torch.device | None = None) -> Match | 
     inputs: dict[str, int | None] = {"gate": width, "up": width} if roles.gated else {"gate": width}
     ways = {name: _way(child, name == dropout) for name, child in children.items() if name not in linears}
     return Match(MLP, inputs, Facts(roles, ways), grouped=MLP)
+
+
+def _is_zero(linear: nn.Module) -> bool:
+    weight = getattr(linear, "weight", None)
+    return isinstance(weight, Tensor) and not weight.any()
 
 
 def _way(child: nn.Module, is_called: bool) -> Way:
