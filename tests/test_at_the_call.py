@@ -427,3 +427,48 @@ def test_blocks_that_only_look_alike_are_tried_each() -> None:
             plain[3].w2.weight.scale = 3.0
         prac.compress(model, EXACT, include="*", example=X)
         agree(model, plain, X)
+
+
+class TypedRMSNorm(nn.Module):
+    """An RMSNorm whose output is of its input's dtype, of its weight's, or of the wider one."""
+
+    def __init__(self, rule: str) -> None:
+        super().__init__()
+        self.weight, self.eps, self.rule = nn.Parameter(torch.ones(N)), 1e-6, rule
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        if self.rule == "input":
+            return (self.weight.float() * y).type_as(x)
+        return self.weight * y.to(self.weight.dtype if self.rule == "weight" else x.dtype)
+
+
+class TypedBlock(nn.Module):
+    def __init__(self, rule: str) -> None:
+        super().__init__()
+        self.norm, self.a, self.b = TypedRMSNorm(rule), nn.Linear(N, N), nn.Linear(N, N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return self.a(h.to(self.a.weight.dtype)) * self.b(h.to(self.b.weight.dtype))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("rule", ["input", "weight", "wider"])
+def test_a_norm_has_the_dtype_that_it_had(rule: str, autocast: bool) -> None:
+    torch.manual_seed(0)
+    for x_dtype, weight_dtype in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        model = TypedBlock(rule).train()
+        model.norm.to(weight_dtype)
+        plain = copy.deepcopy(model)
+        x = X.to(x_dtype)
+        prac.compress(model, EXACT, include="*", example=x)
+        assert isinstance(model.norm, prac.layers.SharedNorm)
+        found: list[torch.dtype] = []
+        for m in (model, plain):
+            m.norm.register_forward_hook(lambda module, args, output, found=found: found.append(output.dtype))
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                m(x).float().sum().backward()
+        assert found[0] == found[1]
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            assert relative(p.grad.float(), q.grad.float()) < 0.03

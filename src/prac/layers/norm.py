@@ -77,10 +77,14 @@ class SharedNorm(Compressed):
         return p.detach().clone() if several and p is not None else p
 
     def _dtype(self, x: Tensor) -> torch.dtype:
-        """Of the output, as the original has it."""
-        if self._prac.match.facts.centered:
-            return torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
-        return x.dtype if self.weight is None else torch.promote_types(x.dtype, self.weight.dtype)
+        """Of the output, as the original has it for one token: classes of RMSNorm have each a rule of its own."""
+        device, dtypes = x.device.type, self._prac.dtypes
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        key = (x.dtype, None if self.weight is None else self.weight.dtype, autocast)
+        if key not in dtypes:
+            with torch.no_grad():
+                dtypes[key] = self._original(x.detach().reshape(-1, x.shape[-1])[:1]).dtype
+        return dtypes[key]
 
 
 def _norm(layer: Compressed, x: Tensor) -> Norm:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import nn
 
 from prac.estimator import Estimator
@@ -107,5 +108,6 @@ class Record:
     stands_for: nn.Module | None = None  # the module in whose place this one is
     suspended: bool = False  # keep everything in full for a while
     due: int = 0  # the optimizer step at which it is to decide again how to keep, where it decides
+    dtypes: dict[Any, torch.dtype] = field(default_factory=dict)  # of a norm's output, by what decides them
     keys_per_query: float = 1.0  # of attention, in its last training call
     departs: str = ""  # why its last training call was not as planned
