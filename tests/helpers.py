@@ -96,3 +96,15 @@ def odd_shapes() -> list[tuple[int, ...]]:
 
 
 pairs = itertools.pairwise
+
+
+def agree(ours: nn.Module, plain: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Loss and gradients in training, with the same random numbers."""
+    torch.manual_seed(3)
+    got = gradients(ours, *args, **kwargs)
+    torch.manual_seed(3)
+    expected = gradients(plain, *args, **kwargs)
+    assert got.keys() == expected.keys()
+    scale = max(g.abs().max() for g in expected.values())
+    for name, gradient in expected.items():
+        assert relative(got[name], gradient) < 1e-4 or (got[name] - gradient).abs().max() < 1e-5 * scale, name
