@@ -12,7 +12,7 @@ from models import FeedForward, M, N
 from torch import Tensor, nn
 
 import prac
-from prac.layers.mlp import recognise
+from prac.layers.find_mlp import recognise
 
 FULL = prac.Bits(32)
 EXACT = prac.Config(linear=FULL, norm=FULL, activation=FULL, group=FULL, min_width=1)
@@ -109,8 +109,8 @@ def test_what_only_looks_like_a_norm_or_an_activation_is_none(kind: type[nn.Modu
 
 def test_of_like_blocks_one_is_tried_and_of_others_each(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[nn.Module] = []
-    try_it = prac.layers.mlp._computed_by
-    monkeypatch.setattr(prac.layers.mlp, "_computed_by", lambda m, roles: tried.append(m) or try_it(m, roles))
+    try_it = prac.layers.find_mlp._computed_by
+    monkeypatch.setattr(prac.layers.find_mlp, "_computed_by", lambda m, roles: tried.append(m) or try_it(m, roles))
     torch.manual_seed(0)
     model = nn.Sequential(*(FeedForward() for _ in range(6))).train()
     with torch.no_grad():

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from prac.conversion import Conversion
 from prac.layers import Compressed
-from prac.layers.base import refuse_pickle
+from prac.layers.base import is_transformed, refuse_pickle
 from prac.probe import Structure, Watch, probe
 from prac.structure import Example, as_call
 from prac.tangible import hollow, is_hollow
@@ -89,7 +89,7 @@ class FirstBatch:
     @torch.compiler.disable(reason="prac watches the first forward pass")  # type: ignore[untyped-decorator]
     def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Before the model's forward."""
-        if not (model.training and torch.is_grad_enabled()):
+        if not (model.training and torch.is_grad_enabled()) or is_transformed():
             return
         with _lock:  # of several threads the first looks, and the others find it done
             if self in model._forward_pre_hooks.values():

@@ -75,18 +75,24 @@ class Plan:
                 continue
             if match.layer is MLP:
                 roles = match.facts.roles
-                sources[f"{name}.{roles.down}"] = Source(name, "g and u" if roles.gated else "its hidden layer")
+                of_mlp = Source(name, "g and u" if roles.gated else "its hidden layer")
+                sources |= dict.fromkeys(self._readers_in(f"{name}.{roles.down}"), of_mlp)
             elif match.layer is ElementWise:
                 readers = [r for r in self.structure.readers(name) if r in self._matches and self._matches[r].shareable]
                 sources |= dict.fromkeys(readers, Source(name, "its input"))
         return {name: source for name, source in sources.items() if name in self._matches}
+
+    def _readers_in(self, down: str) -> list[str]:
+        """The layer, or of a wrapper (an adapter) those inside it that read what it reads."""
+        inside = [n for n in self.structure.reads if n == down or n.startswith(f"{down}.")]
+        return [n for n in inside if self.structure.reads[n] == self.structure.reads[inside[0]]] or [down]
 
     def _from_attention(self, together: bool) -> dict[str, Source]:
         """What attention keeps anyway; the paper's way has use for it only where it is in few bits."""
         if not together and (self.config.attention_bits is None or self.config.linear is None):
             return {}
         read = [n for n, match in self._matches.items() if match.shareable and n in self.structure.keeps_input]
-        return dict.fromkeys(read, Source("", "attention"))
+        return dict.fromkeys(read, Source("", "what made it"))
 
     def qualifies(self, norm: str) -> bool:
         """Whether every use of a norm's output is a linear layer that takes it from the norm."""
@@ -140,11 +146,10 @@ class Plan:
             full_name = name if tensor == "x" else f"{name}:{tensor}"
             if source is not None:
                 # Used only where the source is not what the probe saw, or keeps nothing (a frozen norm of an input
-                # that needs no gradient): then x is kept here, in full where it is there anyway.
+                # that needs no gradient): then x is kept here.
                 linear, group = self.config.linear, self.config.group
                 own_bits = linear if isinstance(linear, Bits) else group if isinstance(group, Bits) else Bits(8)
-                bits = None if source.is_there_anyway else own_bits
-                own = Stored(bits, clock, unbiased=True, name=full_name, seed=self.config.seed)
+                own = Stored(own_bits, clock, unbiased=True, name=full_name, seed=self.config.seed)
                 estimators[tensor] = self._leaders.setdefault(("instead of", self.structure.reads.get(name, name)), own)
                 continue
             # What is followed by a nonlinearity: the inputs of activations, and q and k of attention.

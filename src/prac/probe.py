@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from prac.ops.attention import why_not
 from prac.quiet import quietly, without_node
+from prac.source import remark
 from prac.structure import Example, running, tensors_in
 
 
@@ -143,7 +144,8 @@ class Watch:
             if isinstance(output, Tensor) and output.is_floating_point():
                 # Makes the graph go through here also where no weight below needs a gradient, and gives
                 # the output a node of its own, whose edges are its uses.
-                output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+                zero = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+                output = remark(output + zero, output)
             self._reads[name], self._writes[name] = inputs[0], output
             return output
 

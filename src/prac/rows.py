@@ -45,6 +45,7 @@ class _Rows:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.device = next((p.device for p in model.parameters()), None)
         self.layers = {name: m for name, m in model.named_modules() if isinstance(m, Compressed)}
         self.described: dict[Estimator | Source, str] = {}  # who first keeps it
 
@@ -63,15 +64,17 @@ class _Rows:
 
     def compressed(self, name: str, layer: Compressed) -> Row:
         record = layer._prac
-        weight = getattr(layer, "weight", None)
+        weight = _weight(layer)
         dtype = weight.dtype if weight is not None else next(self.model.parameters()).dtype
         row: dict[str, Any] = {"name": name, "module": record.original.__name__, "what": layer.kind}
-        replaced = "its forward was replaced after compress" if "forward" in vars(layer) else layer.differs()
-        if replaced or (record.departs and not _keeps_own(layer)):
+        if self.model.training and not layer.training:
+            return Row(**row, rank="", before=None, after=None, note="in eval mode, where everything stays in full")
+        replaced = "its forward was replaced after compress" if "forward" in vars(layer) else layer.differs(self.device)
+        if replaced or record.keeps in ("nothing", "in full"):
             note = f"{replaced}: it keeps its input in full" if replaced else record.departs
             known = [e.width for tensor, e in layer.estimators.items() if tensor != "y" and e.width is not None]
-            full = 0 if "keeps nothing" in note else sum(known) * dtype.itemsize
-            return Row(**row, rank="in full" if known else "", before=full, after=full, note=note)
+            full = 0 if record.keeps == "nothing" and not replaced else sum(known) * dtype.itemsize
+            return Row(**row, rank="in full" if full else "", before=full, after=full, note=note)
         if layer.kind == "linear" and weight is not None and not weight.requires_grad:
             reads = record.source is not None and not record.source.is_there_anyway and "y" in layer.estimators
             if not reads:
@@ -89,7 +92,8 @@ class _Rows:
         statistics = layer.statistics * torch.promote_types(dtype, torch.float32).itemsize
         # Per token that the module reads: of attention that is a query.
         share = {"k": record.keys_per_query, "v": record.keys_per_query}
-        kept = {e: share.get(tensor, 1.0) for tensor, e in layer.estimators.items() if tensor != "y"}
+        unused = {"y", *record.unused}
+        kept = {e: share.get(tensor, 1.0) for tensor, e in layer.estimators.items() if tensor not in unused}
         before = round(sum(s * (e.width or 0) * dtype.itemsize for e, s in kept.items())) + statistics
         after = round(sum(s * e.bytes_per_token(dtype.itemsize) for e, s in kept.items())) + statistics
         return Row(**row, rank=label, before=before, after=after, note=record.departs)
@@ -110,12 +114,12 @@ class _Rows:
         # The tensor itself was kept once, by the first that reads it.
         first = source not in self.described
         self.described[source] = name
-        width = (
-            layer.estimators["x"].width or getattr(layer, "in_features", 0) or layer.get_parameter("weight").shape[0]
-        )
+        weight = _weight(layer)
+        assert weight is not None
+        width = layer.estimators["x"].width or getattr(layer, "in_features", 0) or weight.shape[0]
         outputs, after = layer.estimators.get("y"), 0
         if isinstance(outputs, Stored) and outputs.bits is not None:
-            outputs.width = layer.get_parameter("weight").numel() // width
+            outputs.width = weight.numel() // width
             after = outputs.bytes_per_token(dtype.itemsize)
         # A module is called by its own name where it is the parent, as an MLP is of its down projection.
         short = maker_name.rpartition(".")[2] if name.startswith(f"{maker_name}.") else _short(maker_name, name)
@@ -124,9 +128,13 @@ class _Rows:
         return Row(**row, rank=label, before=before, after=after, note=f"from {source.what} of {short}")
 
 
-def _keeps_own(layer: Compressed) -> bool:
-    """Whether a layer whose last call was not as planned kept its input compressed all the same."""
-    return layer._prac.source is not None and layer.kind == "linear"
+def _weight(layer: nn.Module) -> torch.Tensor | None:
+    """Its weight; of one that is parametrised what it is computed from, since computing it may change the layer."""
+    made = getattr(layer, "parametrizations", {})
+    if "weight" in made:
+        return max(made["weight"].parameters(), key=torch.Tensor.numel)
+    own = layer._parameters.get("weight")
+    return vars(layer).get("weight") if own is None else own  # a pruned one is an attribute
 
 
 def _short(name: str, neighbour: str) -> str:

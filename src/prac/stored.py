@@ -32,6 +32,12 @@ class Rounded(NamedTuple):
         return dy_MO.mT @ self.reconstruct(tensors).to(dy_MO.dtype)
 
 
+def by_reference(x: Tensor, dtype: torch.dtype) -> Kept:
+    """X (..., n) itself, to be read in ``dtype``."""
+    n = x.shape[-1]
+    return Kept((x.detach().reshape(-1, n).to(dtype),), Rounded(None, n, dtype))
+
+
 class Stored(Estimator):
     """Keeps x in ``bits``, each group of features with its own scale (see :mod:`prac.storage`).
 

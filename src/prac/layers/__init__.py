@@ -5,14 +5,15 @@ from collections.abc import Hashable
 import torch
 from torch import nn
 
-from prac.layers import activation, linear, mlp, norm
+from prac.layers import activation, find_mlp, linear, norm
 from prac.layers.activation import ElementWise
 from prac.layers.alike import signature
 from prac.layers.attention import Attention
-from prac.layers.base import Compressed, overrides_forward, swap, unswap
+from prac.layers.base import Compressed, overrides_forward
 from prac.layers.mlp import MLP
 from prac.layers.norm import SharedNorm
 from prac.layers.record import Match, Source
+from prac.layers.swapping import swap, unswap
 
 __all__ = [
     "MLP",
@@ -53,7 +54,7 @@ def _recognise(module: nn.Module, device: torch.device | None) -> Match | str | 
     found: Match | str | None = None
     for kind in (linear, norm):
         found = found or kind.recognise(module)
-    for kind in (activation, mlp):
+    for kind in (activation, find_mlp):
         found = found or kind.recognise(module, device)
     if isinstance(found, Match) and overrides_forward(module):
         return "its forward was replaced on the instance (by hooks of accelerate, or a kernel); compress first"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from prac.config import Kind
 from prac.layers.alike import distances
 from prac.layers.base import Compressed, trained
 from prac.layers.record import Match
+from prac.layers.way import Difference
 from prac.ops import ACTIVATIONS, Activation, activated, activation
 from prac.source import mark
 from prac.stored import Stored
@@ -26,10 +28,28 @@ class ElementWise(Compressed):
 
     kind: ClassVar[Kind] = "activation"
 
+    def _differences(self) -> Iterator[Difference]:
+        """As for any layer; also of the module in whose place it is, which somebody may hold."""
+        yield from super()._differences()
+        yield from self._of_the_other()
+
+    def _of_the_other(self) -> Iterator[Difference]:
+        other, way = self._prac.stands_for, self._prac.way
+        if other is None or way.is_copied:
+            return
+        if "forward" in vars(other) or any(way.differences(other, type(other))):
+            yield Difference("the module that it is a copy of was changed", True)
+
+    def _original(self, *args: Any, **kwargs: Any) -> Any:
+        other = self._prac.stands_for
+        if other is None or torch.compiler.is_compiling() or not any(self._of_the_other()):
+            return super()._original(*args, **kwargs)
+        return other.forward(*args, **kwargs)
+
     def _compressed(self, x: Tensor) -> Tensor:
         """(..., m) to (..., m)."""
         if not trained(x):
-            return self._original(x)
+            return self._idle(x)
         estimator, function = self.estimators["x"], self._prac.match.facts
         h = activation(x, function, estimator, compute=self._original)
         return mark(h, activated(estimator.keep(x), function)) if isinstance(estimator, Stored) else h

@@ -10,31 +10,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prac.layers.record import way
+from prac.layers.way import OWN, Way, version, way
 from prac.quiet import quietly
 
 MOST = 12  # modules inside of one that is worth comparing with others
-_OWN = set(vars(nn.Module()))
+_PLAIN = (bool, int, float, str, type(None), type)
 
 
 def signature(module: nn.Module) -> Hashable | None:
-    """Equal for modules of one model that do the same with other weights; None for those of many parts.
+    """Equal for modules of one model that do the same with other weights; None where that cannot be told.
 
+    That is where it has many parts, or code that looks at parameters itself or at what is not its own (a table).
     It knows attributes that are not plain by their identity, and so is of use only while the modules stay as they are.
     """
     inside = list(islice(module.modules(), MOST + 1))
+    if len(inside) > MOST:
+        return None
+    parameters = {name.rpartition(".")[2] for name, _ in module.named_parameters()}
+    found = way(module)
+    if found.names & (parameters | {"parameters", "named_parameters", "state_dict"}) or found.looks_around:
+        return None
     numbers = {part: number for number, part in enumerate(inside)}
-    return None if len(inside) > MOST else tuple(_looks(part, numbers) for part in inside)
+    return tuple(_looks(part, numbers) for part in inside)
 
 
 def _looks(module: nn.Module, numbers: dict[nn.Module, int]) -> tuple[Any, ...]:
-    forward, settings = way(module)
-    plain = tuple((name, type(value), str(value), value) for name, value in settings.items())
-    others = tuple((n, id(value)) for n, value in vars(module).items() if n not in settings and n not in _OWN)
+    own = {name: value for name, value in vars(module).items() if name not in OWN}
+    settings = tuple((n, type(v), str(v), v) if isinstance(v, _PLAIN) else (n, id(v)) for n, v in own.items())
     parameters = tuple((n, None if p is None else _shape(p)) for n, p in module._parameters.items())
     buffers = tuple((name, id(buffer)) for name, buffer in module._buffers.items())
     children = tuple((name, None if child is None else numbers[child]) for name, child in module._modules.items())
-    return type(module), forward, plain, others, parameters, buffers, children
+    return type(module), type(module).forward, settings, parameters, buffers, children
 
 
 def _shape(p: nn.Parameter) -> tuple[Any, ...]:
@@ -43,7 +49,12 @@ def _shape(p: nn.Parameter) -> tuple[Any, ...]:
 
 
 def distances(
-    module: nn.Module, formulas: Sequence[Callable[[Tensor], Tensor]], x: Tensor, *, held: Sequence[nn.Module] = ()
+    module: nn.Module,
+    formulas: Sequence[Callable[[Tensor], Tensor]],
+    x: Tensor,
+    *,
+    held: Sequence[nn.Module] = (),
+    called: Sequence[nn.Module] = (),
 ) -> list[float]:
     """The largest difference between what the module and each formula give for ``x``, values and gradients.
 
@@ -55,6 +66,7 @@ def distances(
         formulas: what it may compute; may call children of the module.
         x: (..., n), where the module lives, of many sizes: what cuts large values off shows there alone.
         held: children that stay in eval mode, since their training is known (a dropout).
+        called: children that the formulas call too, so that they may change themselves.
     """
     dy = torch.randn(x.shape[:-1], generator=torch.Generator().manual_seed(0), device="cpu").to(x)
     nothing = [float("inf")] * len(formulas)
@@ -65,9 +77,9 @@ def distances(
                 module.train(training)
                 for child in held:
                     child.eval()
-                before = _state(module), _random_state(x)
+                state, random_state = _state(module, called), _random_state(x)
                 found.append(_value_and_gradient(module, x, dy))
-                if not _same(before, (_state(module), _random_state(x))):
+                if not _is_still(state) or not _same(random_state, _random_state(x)):
                     return nothing
             module.eval()
             return [_from_all(found, formula, x, dy) for formula in formulas]
@@ -103,10 +115,24 @@ def _apart(a: Tensor, b: Tensor) -> float:
     return apart if apart == apart else float("inf")
 
 
-def _state(module: nn.Module) -> tuple[Any, ...]:
-    """Its plain attributes, and how much is in its lists and dicts."""
-    sizes = {name: len(value) for name, value in vars(module).items() if isinstance(value, list | dict | set)}
-    return way(module), sizes
+def _state(module: nn.Module, called: Sequence[nn.Module]) -> list[tuple[nn.Module, Way, list[Any]]]:
+    """How each of its parts computes but those that are called, and their buffers as they are."""
+    others = {part for child in called for part in child.modules()}
+    return [(part, way(part), _buffers(part)) for part in module.modules() if part not in others]
+
+
+def _buffers(module: nn.Module) -> list[tuple[Tensor, int | None]]:
+    return [(b, version(b)) for b in module._buffers.values() if b is not None]
+
+
+def _is_still(state: list[tuple[nn.Module, Way, list[Any]]]) -> bool:
+    for part, then, buffers in state:
+        now = _buffers(part)
+        if any(then.differences(part, type(part))) or len(now) != len(buffers):
+            return False
+        if any(a is not b or m != n for (a, m), (b, n) in zip(now, buffers, strict=True)):
+            return False
+    return True
 
 
 def _random_state(x: Tensor) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from prac.config import Kind
 from prac.estimator import Estimator
-from prac.layers.base import Compressed
+from prac.layers.base import Compressed, is_transformed
 from prac.layers.record import Match
 from prac.ops.attention import attention, enough, why_not
 from prac.source import mark
@@ -29,7 +29,11 @@ class Attention(Compressed):
 
     def _in_training(self, *args: Any, **kwargs: Any) -> Any:
         """The original's arguments and result."""
-        self._prac.departs, self._prac.shared.trains = "", True
+        if is_transformed():
+            self.depart("it is called within a transform of torch.func or forward-mode AD: it stays in full", "in full")
+            return self._original(*args, **kwargs)
+        record = self._prac
+        record.departs, record.keeps, record.shared.trains = "", "as planned", True
         with _Replaced(self):
             return self._original(*args, **kwargs)
 
@@ -74,8 +78,10 @@ def _attend(
     """``F.scaled_dot_product_attention``, with its signature."""
     wanted = any(t.requires_grad for t in (query, key, value))
     why = why_not(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) if wanted else ""
-    if why:
-        layer.depart(f"{why}: q, k, v and the output stay in full")
+    if not wanted:
+        layer.keep_nothing()
+    elif why:
+        layer.depart(f"{why}: q, k, v and the output stay in full", "in full")
     if why or not wanted:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa

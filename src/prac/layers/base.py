@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import sys
-from types import FunctionType
+from collections.abc import Iterator
 from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils import parametrize
 
 from prac.config import Kind
 from prac.estimator import Estimator
-from prac.layers.record import Match, Record, Shared, Source, way
+from prac.layers.record import Keeps, Match, Record
+from prac.layers.swapping import without_prac
+from prac.layers.way import Difference, way
 
 
 class Compressed(nn.Module):
@@ -48,10 +54,10 @@ class Compressed(nn.Module):
         if not isinstance(self, Compressed):  # restored, and called by a method that somebody took before
             return type(self).forward(self, *args, **kwargs)
         if self._prac.suspended or not torch.is_grad_enabled():
-            return super().forward(*args, **kwargs)
+            return self._original(*args, **kwargs)
         if not self.training:
             self._prac.shared.evaluates = True
-            return super().forward(*args, **kwargs)
+            return self._original(*args, **kwargs)
         return self._outside_graphs(*args, **kwargs)
 
     def _outside_graphs(self, *args: Any, **kwargs: Any) -> Any:
@@ -60,25 +66,32 @@ class Compressed(nn.Module):
 
     def _in_training(self, *args: Any, **kwargs: Any) -> Any:
         record = self._prac
+        if is_transformed():
+            return self._in_its_own_way(
+                "it is called within a transform of torch.func or forward-mode AD", args, kwargs
+            )
         if len(args) == 1 and not kwargs:
             (x,) = args
         else:
             x = _only_input(record, args, kwargs)
         if x is None:
             return self._in_its_own_way("it is called with more than its input", args, kwargs)
-        if changed := self.differs():
+        if changed := self.differs(x.device if isinstance(x, Tensor) else None):
             return self._in_its_own_way(changed, args, kwargs)
         if not isinstance(x, Tensor) or not x.numel():  # nothing to keep
             return self._original(*args, **kwargs)
         _refuse_others(record.name, x)
-        record.departs, record.shared.trains = "", True
+        record.departs, record.keeps, record.shared.trains = "", "as planned", True
         if record.shared.is_waiting:
             record.shared.is_waiting = False
             record.shared.warn(
                 "prac has not seen a batch yet: the module that prac.compress was given is not called itself. So every "
                 "layer keeps an input of its own, and attention is left in full; give prac.compress an example."
             )
-        return self._compressed(x)
+        if not hasattr(self, "parametrizations"):
+            return self._compressed(x)
+        with parametrize.cached():  # evaluated once a call, as in the original: some change themselves by it
+            return self._compressed(x)
 
     def _compressed(self, x: Tensor) -> Any:
         """What the layer does in training."""
@@ -88,17 +101,55 @@ class Compressed(nn.Module):
         """What the module did before."""
         return super().forward(*args, **kwargs)
 
+    def _idle(self, x: Tensor) -> Any:
+        """The original's output, where backward does not come by."""
+        self.keep_nothing()
+        return self._original(x)
+
     def _in_its_own_way(self, why: str, args: Any, kwargs: Any) -> Any:
-        self.depart(f"{why}: it keeps its input in full")
+        self.depart(f"{why}: it keeps its input in full", "in full")
         return self._original(*args, **kwargs)
 
-    def differs(self) -> str:
-        """In what the module is not any more what it was when it was compressed, or ""."""
-        return self._prac.way.differs(self, self._prac.original)
+    def differs(self, device: torch.device | None = None) -> str:
+        """In what the module is not any more what it was when it was compressed, or "".
 
-    def depart(self, why: str, *, warn: bool = True) -> None:
-        """Note why this call is not as planned; with one warning for a model."""
+        What it calls may be anybody's, and is honoured. A number that its forward may or may not look at (in a config,
+        say) is another matter: then the module is tried again, and only counts where what it computes is not the same.
+        It is tried on ``device`` if it has no parameters.
+        """
+        record, found = self._prac, list(self._differences())
+        if not found or (called := next((text for text, is_called in found if is_called), "")):
+            return called if found else ""
+        texts = tuple(text for text, _ in found)
+        if texts != record.refused and not self._computes_the_same(device):
+            record.refused = texts
+        return record.refused[0] if texts == record.refused else ""
+
+    def _differences(self) -> Iterator[Difference]:
+        """All of them."""
+        return self._prac.way.differences(self, self._prac.original)
+
+    def _computes_the_same(self, device: torch.device | None) -> bool:
+        """Whether it is recognised as what it was; if so that is what later changes are from."""
+        from prac.layers import recognise  # which knows every kind, and so this file
+
+        record, kind = self._prac, "cpu" if device is None else device.type
+        with torch.autocast(kind, enabled=False):
+            found = recognise(without_prac(self), device)
+        if not isinstance(found, Match) or _formula(found) != _formula(record.match):
+            return False
+        record.match = dataclasses.replace(record.match, facts=found.facts)
+        record.way = way(self, record.original)
+        return True
+
+    def keep_nothing(self) -> None:
+        """Note that in this call there is nothing to keep."""
+        self.depart("nothing that it reads needs a gradient: it keeps nothing", "nothing", warn=False)
+
+    def depart(self, why: str, keeps: Keeps, *, warn: bool = True) -> None:
+        """Note why this call is not as planned, and what it keeps instead; with one warning for a model."""
         record = self._prac
+        record.keeps = keeps
         if record.departs == why:
             return
         record.departs = why
@@ -108,6 +159,7 @@ class Compressed(nn.Module):
             f"this {record.original.__name__}, compressed by prac, does not do as planned: {why} "
             "(handle.summary() shows where else).",
             record.name,
+            why,
         )
 
     def extra_repr(self) -> str:
@@ -172,55 +224,18 @@ def refuse_pickle(name: str) -> NoReturn:
     )
 
 
+def is_transformed() -> bool:
+    """Whether a transform of torch.func (vmap, jvp, …) or forward-mode AD is at work, which prac's ops do not know."""
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
 def trained(*tensors: Tensor | None) -> bool:
     """Whether any of them needs a gradient."""
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-_swapped: dict[tuple[type[Compressed], type[nn.Module]], type[nn.Module]] = {}
-
-
-def swap(
-    module: nn.Module,
-    match: Match,
-    estimators: dict[str, Estimator],
-    *,
-    name: str = "",
-    source: Source | None = None,
-    shared: Shared | None = None,
-) -> None:
-    """Turn ``module`` into a compressed one, in place."""
-    original = type(module)
-    key = (match.layer, original)
-    if key not in _swapped:
-        hidden = torch.compiler.disable(match.layer._in_training, reason="prac keeps activations outside of graphs")
-        _swapped[key] = type(
-            f"Prac{original.__name__}", key, {"__module__": original.__module__, "_outside_graphs": hidden}
-        )
-    parameter = next(iter(list(inspect.signature(original.forward).parameters)[1:]), "")
-    record = Record(name, match, original, estimators, source, way(module), parameter, shared or Shared())
-    module.__class__ = _swapped[key]
-    module._prac = record  # type: ignore[assignment]
-
-
-def unswap(module: nn.Module) -> Record:
-    """The inverse of :func:`swap`; also where others have put a class of their own in front since."""
-    record: Record = vars(module).pop("_prac")
-    module.__class__ = _without(type(module), _swapped[record.match.layer, record.original], record.original)
-    return record
-
-
-def _without(of_class: type, swapped: type, original: type[nn.Module]) -> type[nn.Module]:
-    if of_class is swapped:
-        return original
-    if swapped not in of_class.__mro__:
-        return of_class
-    bases = tuple(_without(base, swapped, original) for base in of_class.__bases__)
-    if any("__class__" in f.__code__.co_freevars for f in vars(of_class).values() if isinstance(f, FunctionType)):
-        of_class.__bases__ = bases  # its methods call super(), which in a copy of the class would be another's
-        return of_class
-    inside = {name: value for name, value in vars(of_class).items() if name not in ("__dict__", "__weakref__")}
-    return type(of_class.__name__.replace(swapped.__name__, original.__name__), bases, inside)
+def _formula(match: Match) -> Any:
+    return getattr(match.facts, "roles", match.facts)
 
 
 def is_hooked(module: nn.Module) -> bool:

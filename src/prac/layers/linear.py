@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -9,9 +10,11 @@ from torch import Tensor, nn
 from prac.config import Kind
 from prac.layers.base import Compressed, trained
 from prac.layers.record import Match
+from prac.layers.way import Difference
 from prac.ops import Normed, linear
 from prac.ops.function import autocast_dtype
 from prac.source import source_of
+from prac.stored import by_reference
 
 
 class Linear(Compressed):
@@ -25,9 +28,10 @@ class Linear(Compressed):
         """Weight (o, n) and bias (o,)."""
         return self.weight, self.bias
 
-    def differs(self) -> str:
-        """As for any layer; of its attributes, which pruning changes, the formula asks nothing."""
-        return self._prac.way._replace(settings={}).differs(self, self._prac.original)
+    def _differences(self) -> Iterator[Difference]:
+        """That its forward was replaced; of its attributes, which pruning changes, the formula asks nothing."""
+        if self._prac.way.is_replaced(self._prac.original):
+            yield Difference("the forward of its class was replaced", True)
 
     def _compressed(self, x: Tensor) -> Tensor:
         """(..., n) to (..., o)."""
@@ -37,15 +41,18 @@ class Linear(Compressed):
             source = source.kept(autocast_dtype(x))
         if not trained(self.weight) and scalars_M2 is None:
             return self._original(x)
-        if source is None and self._prac.source is not None and not self._prac.source.is_there_anyway:
+        planned, keep = self._prac.source, source or self.estimators["x"]
+        if source is not None and planned is None:
+            self.depart("what it reads is kept already", "nothing", warn=False)
+        if source is None and planned is not None and trained(self.weight):
             if not x.requires_grad:
-                self.depart("the norm before it keeps nothing: it keeps an input of its own", warn=False)
+                self.depart("what it reads needs no gradient, so that nobody else keeps it", "its own", warn=False)
+            elif planned.is_there_anyway:
+                keep = by_reference(x, autocast_dtype(x))
             else:  # one warning is enough, where the MLP around it has given one
-                why = f"what it reads is not made of {self._prac.source.what} alone"
-                self.depart(f"{why}: it keeps an input of its own", warn=not self._prac.shared.said)
-        return linear(
-            x, *self.parameters_ON(), source or self.estimators["x"], scalars_M2=scalars_M2, keep_y=keep_y
-        )  # fmt: skip
+                why = f"what it reads is not made of {planned.what} alone"
+                self.depart(f"{why}: it keeps an input of its own", "its own", warn=not self._prac.shared.said)
+        return linear(x, *self.parameters_ON(), keep, scalars_M2=scalars_M2, keep_y=keep_y)
 
 
 class Conv1D(Linear):

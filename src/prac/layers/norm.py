@@ -31,7 +31,7 @@ class LayerNorm(Compressed):
     def _compressed(self, x: Tensor) -> Tensor:
         """(..., n) to (..., n)."""
         if not trained(x, self.weight, self.bias):
-            return self._original(x)
+            return self._idle(x)
         eps, estimator = self._prac.match.facts.eps, self.estimators["x"]
         return layer_norm(x, self.weight, self.bias, eps, estimator, compute=self._original)
 
@@ -46,7 +46,7 @@ class RMSNorm(Compressed):
     def _compressed(self, x: Tensor) -> Tensor:
         """(..., n) to (..., n)."""
         if not trained(x, self.weight):
-            return self._original(x)
+            return self._idle(x)
         estimator, norm = self.estimators["x"], _norm(self, x)
         return rms_norm(x, self.weight, norm.eps, estimator, offset=norm.offset, compute=self._original)
 
@@ -63,8 +63,7 @@ class SharedNorm(Compressed):
         """(..., n) to (..., n)."""
         bias = getattr(self, "bias", None)
         if not trained(x, self.weight, bias):
-            self.depart("nothing before it needs a gradient: it keeps nothing", warn=False)
-            return self._original(x)
+            return self._idle(x)
         y, normed = normalise(x, self.weight, bias, _norm(self, x), self.estimators["x"], self._dtype(x))
         return mark(y, normed._replace(weight=self._lasting(self.weight), bias=self._lasting(bias)))
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from dataclasses import dataclass, field
-from types import BuiltinFunctionType, FunctionType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from prac.estimator import Estimator
+from prac.layers.way import Way
 
 if TYPE_CHECKING:
     from prac.layers.base import Compressed
+
+
+Keeps = Literal["as planned", "nothing", "in full", "its own"]  # its own, where it was to have its input from others
 
 
 @dataclass(frozen=True)
@@ -40,34 +42,6 @@ class Source(NamedTuple):
         return not self.name
 
 
-class Way(NamedTuple):
-    """What decides, beside its tensors and children, what a module computes."""
-
-    forward: Any  # of its class
-    settings: dict[str, Any]  # its plain attributes, and its functions
-
-    def differs(self, module: nn.Module, of_class: type[nn.Module]) -> str:
-        """What is not as it was, or ""."""
-        if of_class.forward is not self.forward:
-            return "the forward of its class was replaced"
-        now = vars(module)
-        for name, value in self.settings.items():
-            if now.get(name) != value:
-                return f"its {name} was changed from {value} to {now.get(name)}"
-        return ""
-
-
-def way(module: nn.Module) -> Way:
-    """The module's way of computing, to be compared with a later one."""
-    plain: Any = bool | int | float | str | FunctionType | BuiltinFunctionType | functools.partial | type | None
-    settings = {
-        name: value
-        for name, value in vars(module).items()
-        if name != "training" and not name.startswith("_") and isinstance(value, plain)
-    }
-    return Way(type(module).forward, settings)
-
-
 @dataclass
 class Shared:
     """What the layers of one model share."""
@@ -86,10 +60,10 @@ class Shared:
             )
         self.trains = self.evaluates = False
 
-    def warn(self, text: str, name: str = "") -> None:
-        """Once for a model, with the name of the layer where it was seen first."""
-        if text not in self.said:
-            self.said.add(text)
+    def warn(self, text: str, name: str = "", why: str = "") -> None:
+        """Once for a model and reason, with the name of the layer where it was seen first."""
+        if (why or text) not in self.said:
+            self.said.add(why or text)
             warnings.warn(f"{name}: {text}" if name else text, stacklevel=3)
 
 
@@ -110,4 +84,7 @@ class Record:
     due: int = 0  # the optimizer step at which it is to decide again how to keep, where it decides
     dtypes: dict[Any, torch.dtype] = field(default_factory=dict)  # of a norm's output, by what decides them
     keys_per_query: float = 1.0  # of attention, in its last training call
-    departs: str = ""  # why its last training call was not as planned
+    departs: str = ""  # why its last training call was not as planned, and what it kept then
+    keeps: Keeps = "as planned"
+    unused: tuple[str, ...] = ()  # of the tensors that it keeps, those that nobody needed then
+    refused: tuple[str, ...] = ()  # changes with which it does not compute what it did
