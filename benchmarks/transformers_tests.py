@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -55,6 +56,13 @@ def outcomes(source: Path, model: str, compressed: bool, more: list[str], limit:
         except subprocess.TimeoutExpired:
             why = f"stopped after {limit:,.0f} s"
         return {line["test"]: line for line in results.read_lines(out)}, why
+
+
+def version_of(source: Path) -> str:
+    """Which transformers a checkout is of, by its setup.py; "unknown" without."""
+    setup = source / "setup.py"
+    found = re.search(r"""^\s*version=["']([^"']+)""", setup.read_text(), re.MULTILINE) if setup.exists() else None
+    return found[1] if found else "unknown"
 
 
 def compared(model: str, plain: tuple[Lines, str], ours: tuple[Lines, str]) -> results.Row:
@@ -120,7 +128,7 @@ def main() -> int:
             outcomes(arguments.source.resolve(), model, compressed, arguments.more, arguments.timeout)
             for compressed in (False, True)
         ]
-        row = compared(model, *both)
+        row = compared(model, *both) | {"tests_of_transformers": version_of(arguments.source)}
         console.print(
             f"{model}: {sum(row['prac'].values())} tests{told(row)}", markup=False, highlight=False, soft_wrap=True
         )

@@ -188,12 +188,13 @@ def test_what_prac_breaks_is_named(load, monkeypatch, tmp_path, capsys):
         "def test_fails(): assert not model().training\n"
         "def test_breaks(): assert type(model().norm).__name__ == 'LlamaRMSNorm'\n"
     )
+    (tmp_path / "setup.py").write_text('setup(\n    name="transformers",\n    version="5.99.0",\n)\n')
     module, out = load("transformers_tests"), tmp_path / "rows.json"
     assert run(module, monkeypatch, "--source", str(tmp_path), "--models", "toy", "--json", str(out)) == 1
     (row,) = json.loads(out.read_text())["rows"]
     assert row["plain"] == {"passed": 2, "failed": 1, "skipped": 0}
     assert row["prac"] == {"passed": 1, "failed": 2, "skipped": 0}
-    assert row["with_compressed_models"] == 3
+    assert row["with_compressed_models"] == 3 and row["tests_of_transformers"] == "5.99.0"
     ((name, error),) = row["broken"].items()
     assert name.endswith("::test_breaks") and "assert 'PracLlamaRMSNorm' == 'LlamaRMSNorm'" in error
     assert "test_breaks" in capsys.readouterr().out

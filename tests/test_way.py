@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
+import weakref
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -189,6 +191,57 @@ def test_what_changes_without_effect_costs_nothing() -> None:
     with pytest.warns(UserWarning, match="was changed"):
         twin.model.layers[0].mlp.act_fn = nn.ReLU()
         twin(**BATCH).loss.backward()
+
+
+def test_what_hooks_leave_on_a_module_is_neither_looked_at_nor_held() -> None:
+    model = nn.Sequential(nn.RMSNorm(N), FeedForward(), nn.LayerNorm(N), FeedForward()).train()
+    for module in model:
+        module.register_forward_hook(lambda module, args, output: setattr(module, "captured", output.detach()))
+    prac.compress(model, EXACT, include="*", example=X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            model(X).sum().backward()
+    refs = [weakref.ref(module.captured) for module in model]
+    for module in model:
+        del module.captured
+    assert not any(ref() is not None for ref in refs)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not do as planned")
+def test_code_that_names_no_attributes_is_watched_in_all_of_them() -> None:
+    class Finds(FeedForward):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale_1 = 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * getattr(self, f"scale_{1}")
+
+    def decorated(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(forward)
+        def wrapper(self: Any, x: Tensor) -> Tensor:
+            return forward(self, x)
+
+        return wrapper
+
+    class Wrapped(FeedForward):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale_1 = 1.0
+
+        @decorated
+        def forward(self, x: Tensor) -> Tensor:
+            return self.w2(F.silu(self.w1(x)) * self.w3(x)) * self.scale_1
+
+    for of_class in (Finds, Wrapped):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.RMSNorm(N), of_class()).train()
+        plain = copy.deepcopy(model)
+        prac.compress(model, EXACT, include="*", example=X)
+        assert isinstance(model[1], Compressed)
+        model[1].scale_1 = plain[1].scale_1 = 0.5
+        agree(model, plain, X)
 
 
 def test_a_replaced_function_is_called_even_if_it_computes_the_same() -> None:

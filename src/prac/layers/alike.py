@@ -28,7 +28,8 @@ def signature(module: nn.Module) -> Hashable | None:
         return None
     parameters = {name.rpartition(".")[2] for name, _ in module.named_parameters()}
     found = way(module)
-    if found.names & (parameters | {"parameters", "named_parameters", "state_dict"}) or found.looks_around:
+    looks = found.names is None or found.names & (parameters | {"parameters", "named_parameters", "state_dict"})
+    if looks or found.looks_around:
         return None
     numbers = {part: number for number, part in enumerate(inside)}
     return tuple(_looks(part, numbers) for part in inside)

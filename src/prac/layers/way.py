@@ -2,7 +2,7 @@
 
 What a forward can look at: attributes of the module and of its class, the globals and closures of its functions, and
 what is in the objects, lists and dicts that those refer to (a config). Each of these is noted with a copy of its
-contents, and a comparison is one of two dicts.
+contents. Of attributes those count that the code names; where it finds them in another way (``getattr``), all do.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from argparse import Namespace
 from collections import deque
 from collections.abc import Iterator
-from types import FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 MOST = 256  # things that are looked at, the nearest first; what a module refers to may be a whole program
 OWN = frozenset(vars(nn.Module())) | {"_prac"}  # attributes that every module has
 _LIBRARIES = sys.stdlib_module_names | {"torch", "numpy"}  # what is in their objects is their own business
-_GONE = SimpleNamespace()  # in place of what is not there
+_FINDS = {"getattr", "vars", "__dict__", "eval", "exec"}  # with these, code reads attributes that it does not name
+_GONE = object()  # in place of what is not there
 
 
 class Difference(NamedTuple):
@@ -38,18 +39,15 @@ class Reached(NamedTuple):
     before: Any
     is_around: bool  # by way of a function or the class, not of the module's own attributes
 
-    def is_same(self) -> bool:
-        """Whether it has the same contents."""
-        return _equal(_contents(self.thing), self.before)
-
 
 class Way(NamedTuple):
     """What decides, beside its tensors and children, what a module computes."""
 
     forward: Any  # of its class
+    names: frozenset[str] | None  # what its code names; None where that does not tell what it reads
     own: dict[str, Any]  # its attributes
+    known: set[str]  # names of other attributes, which say nothing
     reached: tuple[Reached, ...]
-    known: set[str]  # names of attributes that say nothing
     is_copied: bool = False  # with the model, after which everything it refers to may be another
 
     def is_replaced(self, of_class: type[nn.Module]) -> bool:
@@ -68,20 +66,14 @@ class Way(NamedTuple):
             if (found := now.get(name, _GONE)) is not value and not _equal(found, value):
                 yield _difference(name, value, found)
         if not now.keys() <= self.known:
-            for name in now.keys() - self.known:
-                if name[0] != "_" or hasattr(of_class, name):
+            for name in now.keys() - self.known - self.own.keys():
+                if name in self.names if self.names is not None else name[0] != "_" or hasattr(of_class, name):
                     yield _difference(name, getattr(of_class, name, _GONE), now[name])
                 else:
                     self.known.add(name)
-        for each in self.reached:
-            if not each.is_same():
-                yield _within(each)
-
-    @property
-    def names(self) -> set[str]:
-        """What its functions name."""
-        functions = [each.thing for each in self.reached if isinstance(each.thing, FunctionType)]
-        return {name for function in functions for name in function.__code__.co_names}
+        for path, thing, before, _ in self.reached:
+            if not _equal(found := _contents(thing, self.names), before):
+                yield _within(path, before, found)
 
     @property
     def looks_around(self) -> bool:
@@ -95,12 +87,40 @@ class Way(NamedTuple):
 def way(module: nn.Module, of_class: type[nn.Module] | None = None) -> Way:
     """The module's way of computing, to be compared with a later one; ``of_class`` if it has another for a while."""
     of_class = of_class or type(module)
-    own = {name: value for name, value in vars(module).items() if name not in OWN}
-    known = {*OWN, *own, *module._parameters, *module._buffers}
-    return Way(of_class.forward, own, tuple(_reached(own, of_class)), known)
+    attributes = {name: value for name, value in vars(module).items() if name not in OWN}
+    names = _named(of_class, attributes)
+    own = {name: value for name, value in attributes.items() if names is None or name in names}
+    known = {*OWN, *attributes, *module._parameters, *module._buffers}
+    return Way(of_class.forward, names, own, known, tuple(_reached(own, of_class, names)))
 
 
-def _reached(own: dict[str, Any], of_class: type[nn.Module]) -> Iterator[Reached]:
+def _named(of_class: type[nn.Module], attributes: dict[str, Any]) -> frozenset[str] | None:
+    """What the code of a module names, that of torch's classes included."""
+    classes = of_class.__mro__[: of_class.__mro__.index(nn.Module)]
+    todo = [value for each in classes for _, value in _members(each)]
+    todo += [each.thing for each in _reached(attributes, of_class, None)]
+    found, seen = set[str](), set[int]()
+    while todo:
+        function = todo.pop()
+        if isinstance(function, FunctionType) and id(function) not in seen:
+            seen.add(id(function))
+            found.update(_names_in(function.__code__))
+            todo += [value for _, value in _around(function)]  # what a decorator wrapped
+    is_told = isinstance(of_class.forward, FunctionType) and not found & _FINDS
+    return frozenset(found) if is_told else None
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    """The names and words of a function, of those inside it too."""
+    yield from code.co_names
+    for each in code.co_consts:
+        if isinstance(each, str):
+            yield each
+        elif isinstance(each, CodeType):
+            yield from _names_in(each)
+
+
+def _reached(own: dict[str, Any], of_class: type[nn.Module], names: frozenset[str] | None) -> Iterator[Reached]:
     classes = [each for each in of_class.__mro__ if not _is_of_library(each)]
     todo = deque((*item, False) for item in own.items())
     todo += [("class", each, True) for each in classes]
@@ -113,8 +133,8 @@ def _reached(own: dict[str, Any], of_class: type[nn.Module]) -> Iterator[Reached
         is_code = isinstance(thing, FunctionType | type)
         if is_code and thing not in classes and _is_of_library(thing, "transformers"):
             continue
-        todo += [(name, each, is_around or is_code) for name, each in _inner(path, thing)]
-        contents = _contents(thing)
+        todo += [(name, each, is_around or is_code) for name, each in _inner(path, thing, names)]
+        contents = _contents(thing, names)
         if contents is not None and (contents or not isinstance(thing, FunctionType)):
             yield Reached(path, thing, _copied(contents), is_around)
 
@@ -125,7 +145,7 @@ def _members(of_class: type) -> list[tuple[str, Any]]:
     return [(name, getattr(value, "__func__", None) or getattr(value, "fget", None) or value) for name, value in named]
 
 
-def _inner(path: str, thing: Any) -> list[tuple[str, Any]]:
+def _inner(path: str, thing: Any, names: frozenset[str] | None) -> list[tuple[str, Any]]:
     """What a thing refers to, with how to get there."""
     if isinstance(thing, functools.partial):
         return [(path, thing.func), (path, thing.args), (path, thing.keywords)]
@@ -139,12 +159,15 @@ def _inner(path: str, thing: Any) -> list[tuple[str, Any]]:
         return [(path, each) for each in thing]
     if isinstance(thing, dict):
         return [(path, each) for each in (*thing.keys(), *thing.values())]
-    contents = _contents(thing)
+    contents = _contents(thing, names)
     return [(f"{path}.{name}", each) for name, each in contents.items()] if isinstance(contents, dict) else []
 
 
-def _contents(thing: Any) -> Any:
-    """What of a thing can change while it stays the same thing; None where nothing can, or it is not looked at."""
+def _contents(thing: Any, names: frozenset[str] | None) -> Any:
+    """What of a thing can change while it stays the same thing; None where nothing can, or it is not looked at.
+
+    Of an object, the attributes with one of the names.
+    """
     if isinstance(thing, dict | list | set | deque):
         return thing
     if isinstance(thing, type):
@@ -156,9 +179,10 @@ def _contents(thing: Any) -> Any:
     of_class: type = type(thing)
     if not _is_looked_at(of_class):
         return None
-    slots = {name: getattr(thing, name) for name in _slots(of_class) if hasattr(thing, name)}
-    own = getattr(thing, "__dict__", None)
-    return slots | (own or {}) if slots else own
+    own = getattr(thing, "__dict__", {})
+    if slots := _slots(of_class):
+        own = {name: getattr(thing, name) for name in slots if hasattr(thing, name)} | own
+    return own if names is None else {name: own[name] for name in names if name in own}
 
 
 @functools.cache
@@ -186,14 +210,19 @@ def _used(function: FunctionType) -> dict[str, Any]:
     for name, value in list(used.items()):
         if isinstance(value, ModuleType) and value.__name__.partition(".")[0] not in _LIBRARIES | {"transformers"}:
             used |= {f"{name}.{n}": vars(value)[n] for n in code.co_names if n in vars(value)}
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            used[name] = cell.cell_contents
-        except ValueError:  # not set yet
-            used[name] = _GONE
+    used |= dict(_around(function))
     if function.__defaults__ or function.__kwdefaults__:
         used["defaults"] = (function.__defaults__, tuple((function.__kwdefaults__ or {}).values()))
     return used
+
+
+def _around(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """The variables around a function that it reads."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # not set yet
+            yield name, _GONE
 
 
 def _is_of_library(thing: Any, *others: str) -> bool:
@@ -226,9 +255,8 @@ def _difference(name: str, before: Any, now: Any) -> Difference:
     return Difference(f"its {name} was changed{values}", is_called)
 
 
-def _within(reached: Reached) -> Difference:
+def _within(path: str, before: Any, now: Any) -> Difference:
     """The difference in what is in a thing."""
-    path, before, now = reached.path, reached.before, _contents(reached.thing)
     if not isinstance(before, dict) or not hasattr(now, "keys"):
         return Difference(f"its {path} was changed", False)
     names = [name for name in {**before, **now} if not _equal(before.get(name, _GONE), now.get(name, _GONE))]
