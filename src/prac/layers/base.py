@@ -81,7 +81,7 @@ class Compressed(nn.Module):
         if not isinstance(x, Tensor) or not x.numel():  # nothing to keep
             return self._original(*args, **kwargs)
         _refuse_others(record.name, x)
-        record.departs, record.keeps, record.shared.trains = "", "as planned", True
+        record.departs, record.keeps, record.unused, record.shared.trains = "", "as planned", (), True
         if record.shared.is_waiting:
             record.shared.is_waiting = False
             record.shared.warn(
