@@ -20,16 +20,17 @@ _PLAIN = (bool, int, float, str, type(None), type)
 def signature(module: nn.Module) -> Hashable | None:
     """Equal for modules of one model that do the same with other weights; None where that cannot be told.
 
-    That is where it has many parts, or code that looks at parameters itself or at what is not its own (a table).
+    That is where it has many parts, or code that looks at its children's parameters, or at what is not its own (a
+    table). A module's own parameters are others while it is tried, so that looking at those tells nothing of it.
     It knows attributes that are not plain by their identity, and so is of use only while the modules stay as they are.
     """
     inside = list(islice(module.modules(), MOST + 1))
     if len(inside) > MOST:
         return None
-    parameters = {name.rpartition(".")[2] for name, _ in module.named_parameters()}
     found = way(module)
-    looks = found.names is None or found.names & (parameters | {"parameters", "named_parameters", "state_dict"})
-    if looks or found.looks_around:
+    parameters = {name.rpartition(".")[2] for name, _ in module.named_parameters()} - module._parameters.keys()
+    parameters |= {"parameters", "named_parameters", "state_dict"}
+    if found.names is None or found.names & parameters or found.looks_around:
         return None
     numbers = {part: number for number, part in enumerate(inside)}
     return tuple(_looks(part, numbers) for part in inside)
@@ -141,9 +142,6 @@ def _random_state(x: Tensor) -> tuple[Any, ...]:
     return (random.getstate(), torch.random.get_rng_state(), *device)
 
 
-def _same(before: Any, after: Any) -> bool:
-    if isinstance(before, Tensor):
-        return torch.equal(before, after)
-    if isinstance(before, tuple):
-        return len(before) == len(after) and all(map(_same, before, after))
-    return bool(before == after)
+def _same(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
+    pairs = zip(before, after, strict=True)
+    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
