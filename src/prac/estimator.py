@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from prac.autocast import without_autocast
 from prac.clock import Clock
 
 Tensors = tuple[Tensor, ...]
@@ -94,7 +95,7 @@ class Estimator:
         key = (x._version, self.clock.now(), dtype)
         kept = self._recall(x, key)
         if kept is None:
-            with torch.autocast(x.device.type, enabled=False):
+            with without_autocast(x.device.type):
                 kept = self.compress(x.reshape(-1, x.shape[-1]), dtype)
             self._last = _Last(weakref.ref(x), key, tuple(map(weakref.ref, kept.tensors)), kept.form)
         if self.observer is not None:

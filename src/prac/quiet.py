@@ -86,7 +86,7 @@ def _way_back(thing: Any) -> tuple[Any, ...]:
     """A function, and its arguments, that makes a thing what it is now."""
     if isinstance(thing, Tensor):
         has_numbers = not thing.is_meta and thing.is_leaf
-        return (_copy_back, thing, thing.detach().clone()) if has_numbers else (_nothing,)
+        return (_copy_back, thing, thing.detach().clone(), version(thing)) if has_numbers else (_nothing,)
     if isinstance(thing, torch.Generator):
         return thing.set_state, thing.get_state()
     if isinstance(thing, dict | list | set | deque):
@@ -106,6 +106,13 @@ def _fill(container: Any, before: Any) -> None:
     container.extend(before) if isinstance(container, list | deque) else container.update(before)
 
 
-def _copy_back(tensor: Tensor, before: Tensor) -> None:
-    with torch.no_grad():
-        tensor.copy_(before)
+def version(tensor: Tensor) -> int | None:
+    """The number of its changes in place; None where nobody counts."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _copy_back(tensor: Tensor, before: Tensor, then: int | None) -> None:
+    """If it changed: copying is a change too, and a graph that is being made may need it as it was."""
+    if then is None or then != version(tensor):
+        with torch.no_grad():
+            tensor.copy_(before)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -51,6 +52,8 @@ def running(model: nn.Module) -> Iterator[list[str]]:
     leave.only_counts = True  # type: ignore[attr-defined]
     hooks = []
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
+            continue
         hooks.append(module.register_forward_pre_hook(enter(name)))
         hooks.append(module.register_forward_hook(leave, always_call=True))
     try:

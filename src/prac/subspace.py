@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from prac.autocast import without_autocast
 from prac.bases import gram_matrix, principal_basis, projection
 from prac.clock import Clock
 from prac.config import Rank
@@ -134,7 +135,7 @@ class Subspace(Estimator):
         due_q2 = due_q1 or t >= self._next(self._q2_step, self.T2)
         if not due_q2:
             return
-        with torch.autocast(x_MN.device.type, enabled=False):
+        with without_autocast(x_MN.device.type):
             generator = self.generator(self.refreshes, x_MN.device)
             q1_NR = self._principal(x_MN, generator) if due_q1 else self._q1(x_MN)
             if q1_NR is None:

@@ -4,6 +4,7 @@ from collections.abc import Hashable
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from prac.layers import activation, find_mlp, linear, norm
 from prac.layers.activation import ElementWise
@@ -41,6 +42,11 @@ def recognise(
         known: what was found of other modules of the model, by :func:`prac.layers.alike.signature`, filled here: of
             the like blocks of a deep model one is tried.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        return "compiled by TorchScript"
+    if any(is_lazy(p) for p in module.parameters()):
+        own = any(is_lazy(p) for p in module.parameters(recurse=False))
+        return "its weights are not made yet; compress after the first batch" if own else None
     key = None if known is None else signature(module)
     if known is not None and key in known:
         return known[key]

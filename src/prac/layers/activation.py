@@ -59,10 +59,10 @@ def function_of(module: nn.Module, device: torch.device | None = None) -> Activa
     """Which known activation a module computes in both modes, found by evaluating it on a grid.
 
     Args:
-        module: without parameters or children; others are none.
+        module: without parameters, buffers or children; others are none.
         device: where the model lives that it is part of; the CPU by default.
     """
-    if any(True for _ in module.parameters()) or any(module.children()):
+    if any(True for _ in (*module.parameters(), *module.buffers(), *module.children())):
         return None
     with tangible(module):
         x = torch.linspace(-6, 6, 97, device="cpu", dtype=torch.float32).to(device or "cpu")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Hashable, Sequence
 from itertools import islice
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prac.layers.way import OWN, Way, version, way
-from prac.quiet import quietly
+from prac.layers.reach import attributes
+from prac.layers.way import Way, way
+from prac.quiet import quietly, version
 
 MOST = 12  # modules inside of one that is worth comparing with others
 _PLAIN = (bool, int, float, str, type(None), type)
@@ -25,20 +27,21 @@ def signature(module: nn.Module) -> Hashable | None:
     It knows attributes that are not plain by their identity, and so is of use only while the modules stay as they are.
     """
     inside = list(islice(module.modules(), MOST + 1))
-    if len(inside) > MOST:
+    if len(inside) > MOST or any(isinstance(part, torch.jit.ScriptModule) for part in inside):
         return None
     found = way(module)
     parameters = {name.rpartition(".")[2] for name, _ in module.named_parameters()} - module._parameters.keys()
     parameters |= {"parameters", "named_parameters", "state_dict"}
-    if found.names is None or found.names & parameters or found.looks_around:
+    around = any(each.is_around and not isinstance(each.thing, FunctionType | type) for each in found.reached)
+    if found.words is None or found.words & parameters or around:
         return None
     numbers = {part: number for number, part in enumerate(inside)}
     return tuple(_looks(part, numbers) for part in inside)
 
 
 def _looks(module: nn.Module, numbers: dict[nn.Module, int]) -> tuple[Any, ...]:
-    own = {name: value for name, value in vars(module).items() if name not in OWN}
-    settings = tuple((n, type(v), str(v), v) if isinstance(v, _PLAIN) else (n, id(v)) for n, v in own.items())
+    own = attributes(module).items()
+    settings = tuple((n, type(v), str(v), v) if isinstance(v, _PLAIN) else (n, id(v)) for n, v in own)
     parameters = tuple((n, None if p is None else _shape(p)) for n, p in module._parameters.items())
     buffers = tuple((name, id(buffer)) for name, buffer in module._buffers.items())
     children = tuple((name, None if child is None else numbers[child]) for name, child in module._modules.items())
@@ -123,7 +126,7 @@ def _state(module: nn.Module, called: Sequence[nn.Module]) -> list[tuple[nn.Modu
     return [(part, way(part), _buffers(part)) for part in module.modules() if part not in others]
 
 
-def _buffers(module: nn.Module) -> list[tuple[Tensor, int | None]]:
+def _buffers(module: nn.Module) -> list[tuple[Tensor, Any]]:
     return [(b, version(b)) for b in module._buffers.values() if b is not None]
 
 

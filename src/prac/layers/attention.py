@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from prac.config import Kind
 from prac.estimator import Estimator
 from prac.layers.base import Compressed, is_transformed
 from prac.layers.record import Match
+from prac.layers.way import Difference
 from prac.ops.attention import attention, enough, why_not
 from prac.source import mark
 from prac.stored import Stored
@@ -36,6 +38,10 @@ class Attention(Compressed):
         record.departs, record.keeps, record.shared.trains = "", "as planned", True
         with _Replaced(self):
             return self._original(*args, **kwargs)
+
+    def _differences(self) -> Iterator[Difference]:
+        """None: its own forward runs, whatever that is."""
+        return iter(())
 
     def enough_bits(self, query: Tensor, key: Tensor, scale: float | None) -> dict[str, Estimator]:
         """Its estimators, those of q and k with as many bits as the size of the scores asks for.

@@ -16,11 +16,15 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 
+from prac.autocast import without_autocast
 from prac.config import Kind
 from prac.estimator import Estimator
+from prac.layers.reach import picked
 from prac.layers.record import Keeps, Match, Record
 from prac.layers.swapping import without_prac
 from prac.layers.way import Difference, way
+
+MOST_TRIES = 16  # of a layer; one whose attributes change again and again stays as it was
 
 
 class Compressed(nn.Module):
@@ -76,6 +80,8 @@ class Compressed(nn.Module):
             x = _only_input(record, args, kwargs)
         if x is None:
             return self._in_its_own_way("it is called with more than its input", args, kwargs)
+        if isinstance(x, Tensor) and x.is_complex():
+            return self._in_its_own_way("its input is complex", args, kwargs)
         if changed := self.differs(x.device if isinstance(x, Tensor) else None):
             return self._in_its_own_way(changed, args, kwargs)
         if not isinstance(x, Tensor) or not x.numel():  # nothing to keep
@@ -121,25 +127,34 @@ class Compressed(nn.Module):
         if not found or (called := next((text for text, is_called in found if is_called), "")):
             return called if found else ""
         texts = tuple(text for text, _ in found)
-        if texts != record.refused and not self._computes_the_same(device):
+        if texts != record.refused and (record.tries >= MOST_TRIES or not self._computes_the_same(device)):
             record.refused = texts
         return record.refused[0] if texts == record.refused else ""
 
     def _differences(self) -> Iterator[Difference]:
-        """All of them."""
-        return self._prac.way.differences(self, self._prac.original)
+        """All of them; also what a class that somebody put in front has in place of what the original names."""
+        way = self._prac.way
+        yield from way.differences(self, self._prac.original)
+        made = vars(self)["_modules"].get("parametrizations", ())
+        for each in type(self).__mro__:
+            if "_outside_graphs" in vars(each):
+                return
+            for name in picked(vars(each), way.words).keys() - {"forward"}:
+                if not name.startswith("__") and name not in made:
+                    yield Difference(f"its {name} was changed", True)
 
     def _computes_the_same(self, device: torch.device | None) -> bool:
         """Whether it is recognised as what it was; if so that is what later changes are from."""
         from prac.layers import recognise  # which knows every kind, and so this file
 
-        record, kind = self._prac, "cpu" if device is None else device.type
-        with torch.autocast(kind, enabled=False):
+        record = self._prac
+        record.tries += 1
+        with without_autocast("cpu" if device is None else device.type):
             found = recognise(without_prac(self), device)
         if not isinstance(found, Match) or _formula(found) != _formula(record.match):
             return False
         record.match = dataclasses.replace(record.match, facts=found.facts)
-        record.way = way(self, record.original)
+        record.way, record.dtypes = way(self, record.original), {}
         return True
 
     def keep_nothing(self) -> None:
@@ -159,7 +174,7 @@ class Compressed(nn.Module):
             f"this {record.original.__name__}, compressed by prac, does not do as planned: {why} "
             "(handle.summary() shows where else).",
             record.name,
-            why,
+            why.partition(" from ")[0],  # whatever the values are
         )
 
     def extra_repr(self) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from prac.layers.activation import function_of
 from prac.layers.alike import distances
 from prac.layers.mlp import MLP, Facts, Roles, function_in, gate_and_up
+from prac.layers.reach import is_of_library
 from prac.layers.record import Match
 from prac.layers.way import way
 from prac.ops import ACTIVATIONS
@@ -47,11 +48,14 @@ def recognise(module: nn.Module, device: torch.device | None = None) -> Match | 
     ]
     if not candidates:
         return None
+    if _looks_at_weights(module):
+        return "its forward looks at weights itself: its layers are compressed one by one"
     with tangible(module) as real:
         # In float32, since the rounding of fewer bits is as large as what sets one formula apart from another.
         half = any(p.dtype in (torch.bfloat16, torch.float16) for p in real.parameters())
-        tried = copy.deepcopy(real).float() if half else real
-        found = _computed_by(tried, candidates)
+        left = [t for part in real.modules() for t in vars(part).values() if isinstance(t, Tensor) and not t.is_leaf]
+        tried = copy.deepcopy(real, {id(t): t.detach() for t in left}).float() if half else real
+        found = [each for each in _computed_by(tried, candidates) if _agrees_under_autocast(real, each[0])]
         if not found and _has_zeros(tried, linears):
             return "weights of zero do not show what it computes: its layers are compressed one by one, f stays in full"
         if not found or (dropout and not _ends_in(tried, dropout, found[0][0].down)):
@@ -62,6 +66,12 @@ def recognise(module: nn.Module, device: torch.device | None = None) -> Match | 
     inputs: dict[str, int | None] = {"gate": width, "up": width} if roles.gated else {"gate": width}
     ways = {name: way(child) for name, child in children.items() if name not in linears}
     return Match(MLP, inputs, Facts(roles, ways), grouped=MLP)
+
+
+def _looks_at_weights(module: nn.Module) -> bool:
+    """Whether its code does, and so may compute something else when they change; transformers' ask for dtypes alone."""
+    words, inside = way(module).words, {name.rpartition(".")[2] for name, _ in module.named_parameters()}
+    return bool(words and words & inside) and not is_of_library(type(module), "transformers")
 
 
 def _has_zeros(module: nn.Module, linears: Iterable[str]) -> bool:
@@ -123,6 +133,21 @@ def _computed_by(module: nn.Module, candidates: list[tuple[Roles, int]]) -> list
     for roles, width in sorted(errors, key=lambda found: errors[found]):
         nearest.setdefault(roles._replace(function=candidates[0][0].function), (roles, width))
     return list(nearest.values())
+
+
+@torch.no_grad()
+def _agrees_under_autocast(module: nn.Module, roles: Roles) -> bool:
+    """Whether it computes what an MLP of these roles does also there, to a few bits: some forwards leave autocast."""
+    device = next(module.parameters()).device.type
+    if not torch.amp.is_autocast_available(device):
+        return True
+    x = _tokens(module, roles)[:, :1]
+    try:
+        with quietly(module), torch.autocast(device, torch.bfloat16):
+            y, expected = module.eval()(x), _expected(module, roles, x)
+    except Exception:  # any failure of a stranger's forward means: not an MLP
+        return False
+    return y.dtype == expected.dtype and bool((y - expected).abs().max() <= 0.05 * expected.abs().max())
 
 
 def _tokens(module: nn.Module, roles: Roles) -> Tensor:

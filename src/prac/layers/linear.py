@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
+from prac.autocast import autocast_dtype
 from prac.config import Kind
 from prac.layers.base import Compressed, trained
 from prac.layers.record import Match
 from prac.layers.way import Difference
 from prac.ops import Normed, linear
-from prac.ops.function import autocast_dtype
 from prac.source import source_of
 from prac.stored import by_reference
 
@@ -28,6 +29,12 @@ class Linear(Compressed):
         """Weight (o, n) and bias (o,)."""
         return self.weight, self.bias
 
+    def is_plain(self) -> bool:
+        """Whether it computes what it did, with a weight that is a tensor as any other."""
+        own_forward = type(self).forward is Compressed.forward and "forward" not in vars(self)
+        weight = self._parameters.get("weight")  # a parametrised one is computed as a tensor as any other
+        return own_forward and not self.differs() and (weight is None or not has_operations(weight))
+
     def _differences(self) -> Iterator[Difference]:
         """That its forward was replaced; of its attributes, which pruning changes, the formula asks nothing."""
         if self._prac.way.is_replaced(self._prac.original):
@@ -39,6 +46,8 @@ class Linear(Compressed):
         if isinstance(source, Normed):
             scalars_M2 = None if keep_y is None else source.scalars_M2
             source = source.kept(autocast_dtype(x))
+        if has_operations(self.weight):
+            return self._in_its_own_way(f"its weight is a {type(self.weight).__name__}", (x,), {})
         if not trained(self.weight) and scalars_M2 is None:
             return self._original(x)
         planned, keep = self._prac.source, source or self.estimators["x"]
@@ -63,13 +72,26 @@ class Conv1D(Linear):
         return self.weight.mT, self.bias
 
 
+_OF_TENSORS = cast("Any", Tensor.__torch_function__).__func__
+
+
+def has_operations(tensor: Tensor) -> bool:
+    """Whether a tensor has operations of its own (a quantised weight), which prac's would pass over."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return False
+    own: Any = type(tensor).__torch_function__
+    return own is not torch._C._disabled_torch_function_impl and own.__func__ is not _OF_TENSORS
+
+
 def recognise(module: nn.Module) -> Match | str | None:
     """A linear layer by what it does: any subclass that keeps ``nn.Linear``'s own forward."""
+    if any(p.is_complex() for p in module.parameters(recurse=False)):
+        return "complex numbers"
     if isinstance(module, nn.Linear):
         if type(module).forward is not nn.Linear.forward:
             return "a linear layer with a forward of its own (quantised or wrapped)"
         return Match(Linear, {"x": module.in_features}, shareable=True)
-    # By name and shape, since the core does not import transformers.
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(module.weight, Tensor):
-        return Match(Conv1D, {"x": module.weight.shape[0]}, shareable=True)
+    # By its name, since the core does not import transformers.
+    if f"{type(module).__module__}.{type(module).__name__}" == "transformers.pytorch_utils.Conv1D":
+        return Match(Conv1D, {"x": module.get_parameter("weight").shape[0]}, shareable=True)
     return None

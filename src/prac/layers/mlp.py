@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prac.config import Kind
 from prac.estimator import Tensors
-from prac.layers.base import Compressed, has_hooks, is_hooked, trained
+from prac.layers.base import Compressed, is_hooked, trained
 from prac.layers.linear import Linear
 from prac.layers.way import Difference, Way
 from prac.ops import Activation, Normed, activated, activation, glu, norm_mlp, product
@@ -52,12 +52,11 @@ class MLP(Compressed):
             child = self._modules.get(name)
             if child is None or "forward" in vars(child) or then.is_replaced(type(child)):
                 yield Difference(f"its {name} was changed", True)
+            elif name != facts.roles.dropout and is_hooked(child):  # what they do has no derivative here
+                yield Difference(f"its {name} has hooks", True)
             elif name != facts.roles.dropout:  # which is called, with the probability that it has then
                 found = then.differences(child, type(child))
                 yield from (Difference(f"its {name} was changed ({text})", called) for text, called in found)
-        original = facts.roles.original
-        if original and has_hooks(self.get_submodule(original)):  # what they do has no derivative here
-            yield Difference(f"its {original} has hooks", True)
         yield from super()._differences()
 
     def _compressed(self, x: Tensor) -> Tensor:
@@ -72,7 +71,7 @@ class MLP(Compressed):
         """Whether nobody would miss the calls of its children."""
         roles = self._prac.match.facts.roles
         linears = [self.get_submodule(name) for name in (*roles.into, roles.down)]
-        ours = all(isinstance(layer, Linear) and not layer.differs() for layer in linears)
+        ours = all(isinstance(layer, Linear) and layer.is_plain() for layer in linears)
         alone = not any(
             is_hooked(child) or "forward" in vars(child) or type(child).__call__ is not nn.Module.__call__
             for child in self.children()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any, ClassVar
 
@@ -11,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from prac.autocast import autocast_of
 from prac.config import Kind
 from prac.layers.alike import distances
 from prac.layers.base import Compressed, trained
 from prac.layers.record import Match
+from prac.layers.swapping import without_prac
 from prac.ops import Norm, layer_norm, normalise, rms_norm
 from prac.source import mark
 from prac.tangible import tangible
@@ -77,9 +78,8 @@ class SharedNorm(Compressed):
 
     def _dtype(self, x: Tensor) -> torch.dtype:
         """Of the output, as the original has it for one token: classes of RMSNorm have each a rule of its own."""
-        device, dtypes = x.device.type, self._prac.dtypes
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        key = (x.dtype, None if self.weight is None else self.weight.dtype, autocast)
+        dtypes = self._prac.dtypes
+        key = (x.dtype, None if self.weight is None else self.weight.dtype, autocast_of(x.device.type))
         if key not in dtypes:
             with torch.no_grad():
                 dtypes[key] = self._original(x.detach().reshape(-1, x.shape[-1])[:1]).dtype
@@ -119,7 +119,12 @@ def _rms_formula(module: nn.Module, n: int) -> tuple[float | None, float] | None
     multiplies, nor which attribute holds eps. A float32 copy with random weights does.
     """
     with tangible(module) as real:
-        return _evaluated(copy.deepcopy(real).float(), n)
+        # Its own parameters are not touched, nor copied: what a forward left on the module may have a graph.
+        twin = without_prac(real)
+        weight = real._parameters.get("weight")  # not a parameter where the module is called as a function of it
+        device = torch.device("cpu") if weight is None else weight.device
+        vars(twin)["_parameters"] = {"weight": nn.Parameter(torch.ones(n, dtype=torch.float32, device=device))}
+        return _evaluated(twin, n)
 
 
 def _evaluated(twin: nn.Module, n: int) -> tuple[float | None, float] | None:

@@ -87,4 +87,5 @@ class Record:
     departs: str = ""  # why its last training call was not as planned, and what it kept then
     keeps: Keeps = "as planned"
     unused: tuple[str, ...] = ()  # of the tensors that it keeps, those that nobody needed then
+    tries: int = 0  # how often it was tried again since something changed
     refused: tuple[str, ...] = ()  # changes with which it does not compute what it did

@@ -11,7 +11,7 @@ from torch import nn
 
 from prac.estimator import Estimator
 from prac.layers.record import Match, Record, Shared, Source
-from prac.layers.way import way
+from prac.layers.way import of_forward, way
 
 if TYPE_CHECKING:
     from prac.layers.base import Compressed
@@ -37,7 +37,8 @@ def swap(
             f"Prac{original.__name__}", key, {"__module__": original.__module__, "_outside_graphs": hidden}
         )
     parameter = next(iter(list(inspect.signature(original.forward).parameters)[1:]), "")
-    record = Record(name, match, original, estimators, source, way(module), parameter, shared or Shared())
+    noted = of_forward(original) if match.layer.kind in ("linear", "attention") else way(module)
+    record = Record(name, match, original, estimators, source, noted, parameter, shared or Shared())
     module.__class__ = _swapped[key]
     module._prac = record  # type: ignore[assignment]
 

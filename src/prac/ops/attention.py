@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from prac.autocast import autocast_dtype, without_autocast
 from prac.config import Bits
 from prac.estimator import Estimator, Kept
-from prac.ops.function import Gradients, apply, autocast_dtype, backward, save, saved
+from prac.ops.function import Gradients, apply, backward, save, saved
 from prac.tangible import is_hollow
 
 aten = torch.ops.aten
@@ -129,7 +130,7 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         dropout, causal, scale, gqa = setting
         ctx.dtypes, dtype = (q.dtype, k.dtype, v.dtype), autocast_dtype(q)
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device.type):
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
             out, _, state, ctx.extra = _flash(q, *_repeated(q, k, v, gqa), _added(mask, dtype), dropout, causal, scale)
             kept = {name: keep[name].keep(_rows(t)) for name, t in (("q", q), ("k", k), ("v", v), ("out", out))}

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prac.autocast import autocast_dtype, without_autocast
 from prac.fused import fused
-from prac.ops.function import Gradients, apply, autocast_dtype, backward, cast, save, saved
+from prac.ops.function import Gradients, apply, backward, cast, save, saved
 
 
 def linear_cross_entropy(
@@ -72,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         dtype, wide = autocast_dtype(x_MN), torch.promote_types(x_MN.dtype, torch.float32)
         needs_x, needs_w, needs_b = ctx.needs_input_grad[:3]
-        with torch.autocast(x_MN.device.type, enabled=False):
+        with without_autocast(x_MN.device.type):
             w_VN, b_V = weight_VN.to(dtype), cast(bias_V, dtype)
             total = torch.zeros((), dtype=wide, device=x_MN.device)
             dx_MN = torch.empty_like(x_MN) if needs_x else None

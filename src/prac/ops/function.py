@@ -1,4 +1,4 @@
-"""What every op shares: how it runs under autocast and in its backward."""
+"""What every op shares: how it is run, what it saves, and its backward."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from prac.autocast import without_autocast
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -47,15 +49,6 @@ def cast(tensor: Any, dtype: torch.dtype) -> Any:
     return None if tensor is None else tensor.to(dtype)
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which autocast would run a matrix product on ``x``."""
-    device = x.device.type
-    # Autocast leaves float64 alone.
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
-
-
 def backward(compute: Callable[..., Gradients]) -> Any:
     """Decorates an op's backward.
 
@@ -74,7 +67,7 @@ def backward(compute: Callable[..., Gradients]) -> Any:
                 "create_graph=True through a layer compressed by prac: its gradients are estimates and cannot be "
                 "differentiated twice. Exclude the layers this goes through, or call handle.restore() before it."
             )
-        with torch.autocast(dys[0].device.type, enabled=False):
+        with without_autocast(dys[0].device.type):
             gradients: Gradients = once(ctx, *dys)
             return gradients
 

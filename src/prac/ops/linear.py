@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prac.autocast import autocast_dtype, without_autocast
 from prac.estimator import Estimator, Kept
 from prac.ops import kernels
-from prac.ops.function import Gradients, apply, autocast_dtype, backward, cast, save, saved, shaped
+from prac.ops.function import Gradients, apply, backward, cast, save, saved, shaped
 from prac.ops.normed import scalars_grad
 
 
@@ -57,9 +58,10 @@ class _Linear(torch.autograd.Function):
             kept = keep if isinstance(keep, Kept) else keep.keep(x, dtype)
         # Cast here rather than by autocast itself: its cache would hand a cast made without
         # grad to later users of the same weight. Backward casts again, and so saves a copy.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             # In x's own shape and layout, by which torch chooses the product that it takes, and so the last bit.
-            y_MO = F.linear(x.to(dtype), weight_ON.to(dtype), cast(bias_O, dtype)).flatten(end_dim=-2)
+            y = F.linear(x.to(dtype), weight_ON.to(dtype), cast(bias_O, dtype))
+            y_MO = y.reshape(-1, y.shape[-1])
         if scalars_M2 is not None:
             assert keep_y is not None
             kept_y = keep_y.keep(y_MO)

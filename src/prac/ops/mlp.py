@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prac.autocast import autocast_dtype, without_autocast
 from prac.config import Bits
 from prac.estimator import Kept, Tensors
 from prac.ops import kernels
-from prac.ops.function import Gradients, apply, autocast_dtype, backward, cast, save, saved, shaped
+from prac.ops.function import Gradients, apply, backward, cast, save, saved, shaped
 from prac.ops.normed import Normed, scalars_grad
 
 Parameters = tuple[Tensor, Tensor | None]  # of a linear layer: weight (o, n) and bias (o,)
@@ -67,7 +68,7 @@ class _NormMLP(torch.autograd.Function):
         function, bits, is_gated, gate_first, seen = setting
         weights, biases = layers[::2], layers[1::2]
         dtype = autocast_dtype(y)
-        with torch.autocast(y.device.type, enabled=False):
+        with without_autocast(y.device.type):
             y_MN = y.to(dtype).reshape(-1, y.shape[-1])
             zs = [F.linear(y_MN, w.to(dtype), cast(b, dtype)) for w, b in zip(weights[:-1], biases[:-1], strict=True)]
             if len(zs) < 1 + is_gated:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from prac.autocast import without_autocast
 from prac.estimator import Estimator, Form, Kept, Tensors
 from prac.ops import kernels
 from prac.ops.function import Gradients, apply, backward, cast, save, saved, shaped
@@ -134,7 +135,7 @@ class _Normed(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         stored = estimator if isinstance(estimator, Stored) else None
         bits, noise = (stored.bits, stored.noise(m, n, x.device)) if stored else (None, None)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             y_MN, rho_M1, tensors = kernels.normalise(
                 x_MN, norm.scale(weight_N, wide), cast(bias_N, wide), norm.eps, norm.centered, dtype, bits, noise
             )
