@@ -139,7 +139,10 @@ class FullDisk(TrainerCallback):
 
 
 # The first stops the model's file, the second the optimizer's.
-@pytest.mark.parametrize(("limit", "says"), [(100_000, "Its weights are lost"), (10_000_000, "Its weights, without")])
+@pytest.mark.parametrize(
+    ("limit", "says"),
+    [(100_000, "Its weights are lost"), pytest.param(10_000_000, "Its weights, without", marks=pytest.mark.long)],
+)
 def test_a_full_disk_ends_the_run_and_it_goes_on_from_the_last_checkpoint(
     options, run, tmp_path, monkeypatch, limit, says
 ):

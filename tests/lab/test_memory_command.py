@@ -88,6 +88,7 @@ def test_states_of_optimizers(optimizer: str, states: float) -> None:
     assert row.at_peak["optimizer"] / 4 == pytest.approx(least, rel=0.01)
 
 
+@pytest.mark.long
 def test_every_method_has_its_memory() -> None:
     """What each saves, and what it does not touch."""
     setting = footprint.Setting("llama-tiny", 64, 128, "bf16")
