@@ -143,7 +143,7 @@ def _agrees_under_autocast(module: nn.Module, roles: Roles) -> bool:
         return True
     x = _tokens(module, roles)[:, :1]
     try:
-        with quietly(module), torch.autocast(device, torch.bfloat16):
+        with quietly(module), torch.autocast(device):
             y, expected = module.eval()(x), _expected(module, roles, x)
     except Exception:  # any failure of a stranger's forward means: not an MLP
         return False
