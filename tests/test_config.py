@@ -77,3 +77,10 @@ def test_unknown_preset_lists_the_known() -> None:
 def test_config_survives_json(name: str) -> None:
     config = PRESETS[name].replace(T1=7, seed=3)
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_number_in_place_of_bits_is_told() -> None:
+    with pytest.raises(ValueError, match=r"group must be .* got 4: write group=Bits\(4\)"):
+        Config(group=4)
+    with pytest.raises(ValueError, match=r"norm must be .* got 0.5"):
+        Config(norm=0.5)

@@ -204,3 +204,37 @@ def test_modules_that_change_themselves_or_look_at_their_weights_are_no_like_blo
         torch.testing.assert_close(expected, model(X))
     finally:
         TABLE.clear()
+
+
+def test_the_summary_forgets_what_was_undone() -> None:
+    model = build("llama")
+    handle = prac.compress(model, EXACT)
+    model(**BATCH).loss.backward()
+    before, act = handle.summary(), model.model.layers[0].mlp.act_fn
+    model.model.layers[0].mlp.act_fn = nn.ReLU()
+    with pytest.warns(UserWarning, match="act_fn was changed"):
+        model(**BATCH).loss.backward()
+    assert "an input of its own" in handle.summary()
+    model.model.layers[0].mlp.act_fn = act
+    model(**BATCH).loss.backward()
+    assert handle.summary() == before
+    assert "in eval mode" not in before
+    model.eval()
+    assert "call model.train()" in handle.summary()
+
+
+def test_folded_rows_name_what_each_reads() -> None:
+    class Lists(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms = nn.ModuleList(nn.RMSNorm(N) for _ in range(2))
+            self.layers = nn.ModuleList(nn.Linear(N, N) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for norm, layer in zip(self.norms, self.layers, strict=True):
+                x = x + layer(norm(x)).tanh()
+            return x
+
+    handle = prac.compress(Lists(), EXACT, include="*", example=X)
+    (line,) = [line for line in handle.summary().splitlines() if line.startswith("layers")]
+    assert line.startswith("layers.[0-1] ×2") and line.endswith("norms.[0-1]")

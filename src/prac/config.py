@@ -189,6 +189,11 @@ class Config:
     layers: dict[str, Keep] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        for name in ("linear", "norm", "activation", "group"):
+            keep = getattr(self, name)
+            if keep is not None and not isinstance(keep, Rank | Bits | Factors):
+                example = f"Bits({keep})" if keep in (2, 4, 8, 16, 32) else "Bits(8), Rank(0.3, 0.3)"
+                raise ValueError(f"{name} must be a Rank, Bits, Factors or None, got {keep!r}: write {name}={example}.")
         for name in ("T1", "T2", "min_width"):
             value = getattr(self, name)
             if value is None and name != "min_width":

@@ -53,7 +53,7 @@ def structure_of(
 def _fails(model: nn.Module, error: Exception) -> str:
     return (
         f"this {type(model).__name__} fails on the example that prac.compress was given: "
-        f"{type(error).__name__}: {error} Give one that the model trains on, "
+        f"{type(error).__name__}: {str(error).rstrip('. ')}. Give one that the model trains on, "
         "or none: then the first batch shows what prac has to know."
     )
 

@@ -57,7 +57,7 @@ class Handle:
 
     def summary(self) -> str:
         """The rows as a table, repeated blocks folded, with totals."""
-        return table(self.rows(), self._conversion.is_final)
+        return table(self.rows(), self._conversion.is_final, self.model.training)
 
     def look(self, example: Example) -> None:
         """Let ``example`` show the structure of a model that has had no example and no batch yet; else do nothing."""

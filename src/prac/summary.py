@@ -33,15 +33,15 @@ class Row:
         return self.rank != ""
 
 
-def table(rows: Sequence[Row], is_final: bool = True) -> str:
+def table(rows: Sequence[Row], is_final: bool = True, in_training: bool = True) -> str:
     """The rows as text; blocks that repeat are folded into one line with a count.
 
-    Where they are not final, a line says so.
+    Where they are not final, or of a model that is not in training mode, a line says so.
     """
     lines = [("layer", "module", "kind", "rank", "before", "after", "note")]
-    for pattern, count, row in _fold(rows):
+    for pattern, note, count, row in _fold(rows):
         name = pattern if count == 1 else f"{pattern} ×{count}"
-        lines.append((name, row.module, row.what, row.rank, _number(row.before), _number(row.after), row.note))
+        lines.append((name, row.module, row.what, row.rank, _number(row.before), _number(row.after), note))
     text = aligned(lines, right={4, 5})
     compressed = [row for row in rows if row.compressed]
     before, after = (sum(getattr(row, side) or 0 for row in compressed) for side in ("before", "after"))
@@ -51,6 +51,8 @@ def table(rows: Sequence[Row], is_final: bool = True) -> str:
         f"Bytes per token kept by the compressed ones: {before:,} → {after:,}"
         + (f" ({after / before:.0%})." if before else ".")
     )
+    if not in_training and compressed:
+        text.append("The model is in eval mode, in which nothing is compressed: call model.train() before training.")
     if not is_final:
         text.append(
             "The model has no example: the first batch that it trains on shows which layers share an input, and its "
@@ -87,13 +89,16 @@ def _number(value: int | None) -> str:
     return "" if value is None else f"{value:,}"
 
 
-def _fold(rows: Iterable[Row]) -> list[tuple[str, int, Row]]:
-    """Rows that differ in the numbers within their names alone, as (pattern, count, first)."""
+def _fold(rows: Iterable[Row]) -> list[tuple[str, str, int, Row]]:
+    """Rows that differ in the numbers within their names alone, as (pattern, pattern of the notes, count, first)."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         generic = tuple(_NUMBERS.sub("#", text) for text in (row.name, row.note))
         groups.setdefault((*generic, row.module, row.what, row.rank, _number(row.after)), []).append(row)
-    return [(_pattern([row.name for row in group]), len(group), group[0]) for group in groups.values()]
+    return [
+        (_pattern([row.name for row in group]), _pattern([row.note for row in group]), len(group), group[0])
+        for group in groups.values()
+    ]
 
 
 _NUMBERS = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")

@@ -24,7 +24,7 @@ from prac.layers.record import Keeps, Match, Record
 from prac.layers.swapping import without_prac
 from prac.layers.way import Difference, way
 
-MOST_TRIES = 16  # of a layer; one whose attributes change again and again stays as it was
+MOST_TRIES = 16  # of a layer; one whose attributes change again and again goes its own way
 
 
 class Compressed(nn.Module):
@@ -129,7 +129,10 @@ class Compressed(nn.Module):
         texts = tuple(text for text, _ in found)
         if texts != record.refused and (record.tries >= MOST_TRIES or not self._computes_the_same(device)):
             record.refused = texts
-        return record.refused[0] if texts == record.refused else ""
+        if texts != record.refused:
+            return ""
+        why = f" (after {MOST_TRIES} changes it is not tried again)" if record.tries >= MOST_TRIES else ""
+        return f"{texts[0]}{why}"
 
     def _differences(self) -> Iterator[Difference]:
         """All of them; also what a class that somebody put in front has in place of what the original names."""

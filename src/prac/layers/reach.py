@@ -99,7 +99,7 @@ def reached(module: nn.Module, of_class: type[nn.Module], words: Words) -> Itera
     own = {**attributes(module), **{name: child for name, child in module._modules.items() if child is not None}}
     todo = deque((name, value, False) for name, value in picked(own, words).items())
     todo += [("class", each, True) for each in classes]
-    seen = {id(module)}
+    seen, children = {id(module)}, {id(child) for child in module._modules.values()}
     while todo and len(seen) < MOST:
         path, thing, is_around = todo.popleft()
         if isinstance(thing, weakref.ref):
@@ -108,7 +108,11 @@ def reached(module: nn.Module, of_class: type[nn.Module], words: Words) -> Itera
             continue
         seen.add(id(thing))
         contents, is_code = _contents(thing, words), isinstance(thing, FunctionType | type)
-        for name, each in _inner(path, thing, contents, words):
+        if id(thing) in children:  # what they compute is their own business
+            inner = [(f"{path}.{name}", each) for name, each in contents.items()]
+        else:
+            inner = _inner(path, thing, contents, words)
+        for name, each in inner:
             if thing in classes or not _is_foreign(each):
                 todo.append((name, each, is_around or is_code))
         if contents is not None:
@@ -208,8 +212,8 @@ def _members(of_class: type, words: Words) -> list[tuple[str, Any]]:
     """What of a class code may run or read."""
     members = []
     for name, value in vars(of_class).items():
-        is_special = name.startswith("__") and name not in _NOT_RUN
-        if words is None or name in words or is_special:
+        is_run = words is None or name in words or name.startswith("__")
+        if is_run and name not in _NOT_RUN:
             members.append((name, getattr(value, "__func__", None) or getattr(value, "fget", None) or value))
     return members
 
@@ -262,7 +266,7 @@ def _noted(contents: Any) -> Any:
         return _Held(None, notes) if any(map(_is_ref, notes)) else contents.copy()
     if isinstance(contents, dict):
         notes = [held(value) for value in contents.values()]
-        return _Held(list(contents), notes) if any(map(_is_ref, notes)) else dict(contents)
+        return _Held(list(contents), notes) if any(map(_is_ref, notes)) else dict(dict.items(contents))
     return contents
 
 
