@@ -9,7 +9,7 @@ r"""transformers' own tests of its models, with every model compressed (exactly)
 Each file runs in a process of its own, without prac and with it (`compressed_training.py`): 32 bits everywhere, so that
 gradients are exact. Tests that need a network fail both ways. Tests marked slow are skipped unless RUN_SLOW says
 otherwise. Where the checkout has its own `src`, those are the transformers that are tested. Options after `--` go to
-pytest. Ends with 1 if a test passes without prac and fails with it.
+pytest. Ends with 1 if a test passes without prac and fails with it, or a file could not be run.
 """
 
 from __future__ import annotations
@@ -138,7 +138,8 @@ def main() -> int:
         rows = list(pool.map(run, arguments.models))
     results.write(arguments.json, "benchmarks/transformers_tests.py", rows)
     console.print(table(rows))
-    return int(any(row["broken"] or row["not_reached"] for row in rows))
+    wrong = ("broken", "not_reached", "stopped", "stopped_with_prac")
+    return int(any(row[each] for row in rows for each in wrong))
 
 
 if __name__ == "__main__":

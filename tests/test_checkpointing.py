@@ -88,4 +88,6 @@ def test_blocks_computed_again_after_a_first_step_that_was_watched(config: prac.
         if config is EXACT:
             agree(model, plain, X)
         model(X).sum().backward()
+    notes = {row.name: row.note for row in handle.rows()}
+    assert notes["blocks.0.mlp.w1"] == "from x̂ of norm2"  # seen, though it runs as one operation with the others
     assert "does not" not in handle.summary() and "no example" not in handle.summary()

@@ -176,6 +176,7 @@ class Conversion:
     def again(self, model: nn.Module, structure: Structure) -> None:
         """Swap the layers anew, now that the structure is known; what was kept so far is forgotten."""
         self.restore(model)
+        self.shared.is_watched = False
         self.swap(model, self.plan(model, structure))
         if self.state is not None:
             saving.take_up(self.state, model, self.clock)

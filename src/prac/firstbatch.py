@@ -119,6 +119,7 @@ class FirstBatch:
     def _watch(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         watch = Watch(model, self.conversion.names(model))
         watch.__enter__()
+        self.conversion.shared.is_watched = True
 
         def leave(model: nn.Module, inputs: Any, output: Any) -> None:
             hook.remove()

@@ -69,6 +69,8 @@ class MLP(Compressed):
 
     def _runs_as_one(self) -> bool:
         """Whether nobody would miss the calls of its children."""
+        if self._prac.shared.is_watched:
+            return False
         roles = self._prac.match.facts.roles
         linears = [self.get_submodule(name) for name in (*roles.into, roles.down)]
         ours = all(isinstance(layer, Linear) and layer.is_plain() for layer in linears)

@@ -48,6 +48,7 @@ class Shared:
 
     said: set[str] = field(default_factory=set)  # the warnings given
     is_waiting: bool = False  # for a first batch, to see what shares an input
+    is_watched: bool = False  # in its first step, in which every layer is to be seen
     trains: bool = False  # since the last optimizer step, in training mode
     evaluates: bool = False  # and in eval mode, with gradients
 
