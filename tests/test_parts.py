@@ -205,3 +205,23 @@ def test_tensors_that_a_module_held_are_not_held_longer() -> None:
     model(X).sum().backward()
     del model[2].weight
     assert not any(ref() is not None for ref in refs)
+
+
+@pytest.mark.filterwarnings("ignore:.*keeps an input of its own")
+def test_a_tensor_that_is_gone_is_not_taken_for_none() -> None:
+    class Feed(FeedForward):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale: Any = torch.ones(())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (2.0 if self.scale is None else self.scale)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.RMSNorm(N), Feed()).train()
+    plain = copy.deepcopy(model)
+    prac.compress(model, EXACT, include="*", example=X)
+    assert isinstance(model[1], Compressed)
+    model[1].scale = plain[1].scale = None
+    with pytest.warns(UserWarning, match="its scale was changed"):
+        agree(model, plain, X)

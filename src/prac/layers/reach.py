@@ -49,7 +49,7 @@ def held(value: Any) -> Any:
 def is_held(note: Any, value: Any) -> bool:
     """Whether this is the value that was noted, or an equal one."""
     if isinstance(note, weakref.ref) and not isinstance(value, weakref.ref):
-        return note() is value
+        return value is not None and note() is value  # of one that is gone the reference gives None
     if note is value:
         return True
     if isinstance(value, Tensor):
