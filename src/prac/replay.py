@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from prac.autocast import autocast_of
 from prac.structure import modes_kept
 
 
@@ -30,8 +31,7 @@ class Call:
         parameters = list(model.parameters())
         self._device = parameters[0].device
         self._sharded = any(hasattr(p, "full_tensor") for p in parameters)
-        kind = self._device.type
-        self._autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self._autocast = autocast_of(self._device.type)
 
     def watch(self, output: Any) -> Any:
         """The output, whose gradients are remembered when there are any.

@@ -34,8 +34,7 @@ class Attention(Compressed):
         if is_transformed():
             self.depart("it is called within a transform of torch.func or forward-mode AD: it stays in full", "in full")
             return self._original(*args, **kwargs)
-        record = self._prac
-        record.departs, record.keeps, record.shared.trains = "", "as planned", True
+        self._prac.begin()
         with _Replaced(self):
             return self._original(*args, **kwargs)
 

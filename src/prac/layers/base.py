@@ -87,7 +87,7 @@ class Compressed(nn.Module):
         if not isinstance(x, Tensor) or not x.numel():  # nothing to keep
             return self._original(*args, **kwargs)
         _refuse_others(record.name, x)
-        record.departs, record.keeps, record.unused, record.shared.trains = "", "as planned", (), True
+        record.begin()
         if record.shared.is_waiting:
             record.shared.is_waiting = False
             record.shared.warn(
@@ -124,8 +124,10 @@ class Compressed(nn.Module):
         It is tried on ``device`` if it has no parameters.
         """
         record, found = self._prac, list(self._differences())
-        if not found or (called := next((text for text, is_called in found if is_called), "")):
-            return called if found else ""
+        if not found:
+            return ""
+        if called := next((text for text, is_called in found if is_called), ""):
+            return called
         texts = tuple(text for text, _ in found)
         if texts != record.refused and (record.tries >= MOST_TRIES or not self._computes_the_same(device)):
             record.refused = texts

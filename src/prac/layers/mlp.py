@@ -83,7 +83,7 @@ class MLP(Compressed):
     def _parameters_ON(self, name: str) -> tuple[Tensor, Tensor | None]:
         layer = self.get_submodule(name)
         assert isinstance(layer, Linear)
-        layer._prac.departs, layer._prac.keeps = "", "as planned"  # whatever it did when it was called itself
+        layer._prac.begin()  # whatever it did when it was called itself
         return layer.parameters_ON()
 
     def _from_norm(self, x: Tensor, normed: Normed) -> Tensor:

@@ -96,8 +96,10 @@ def named(module: nn.Module, of_class: type[nn.Module]) -> Words:
 def reached(module: nn.Module, of_class: type[nn.Module], words: Words) -> Iterator[Reached]:
     """What code with these words can look at."""
     classes = list(of_class.__mro__[: of_class.__mro__.index(nn.Module)])
-    own = {**attributes(module), **{name: child for name, child in module._modules.items() if child is not None}}
-    todo = deque((name, value, False) for name, value in picked(own, words).items())
+    own = attributes(module, words) | picked(
+        {n: child for n, child in module._modules.items() if child is not None}, words
+    )
+    todo = deque((name, value, False) for name, value in own.items())
     todo += [("class", each, True) for each in classes]
     seen, children = {id(module)}, {id(child) for child in module._modules.values()}
     while todo and len(seen) < MOST:
@@ -129,9 +131,10 @@ def contents_of(reached: Reached, words: Words) -> Any:
     return _contents(thing, words)
 
 
-def attributes(module: nn.Module) -> dict[str, Any]:
-    """Those that not every module has."""
-    return {name: value for name, value in vars(module).items() if name not in OWN}
+def attributes(module: nn.Module, words: Words = None) -> dict[str, Any]:
+    """Those that not every module has, and that are named."""
+    own = vars(module)
+    return {name: own[name] for name in (own if words is None else words) if name in own and name not in OWN}
 
 
 def picked(values: Mapping[str, Any], words: Words) -> dict[str, Any]:
@@ -161,8 +164,7 @@ def _contents(thing: Any, words: Words) -> Any:
     if isinstance(thing, type):
         return picked(vars(thing), words)
     if isinstance(thing, nn.Module):
-        own = vars(thing)
-        return attributes(thing) if words is None else {n: own[n] for n in words if n in own and n not in OWN}
+        return attributes(thing, words)
     if isinstance(thing, ModuleType):
         return None if thing.__name__.partition(".")[0] in LIBRARIES or words is None else picked(vars(thing), words)
     of_class: type = type(thing)
@@ -191,7 +193,7 @@ def _inner(path: str, thing: Any, contents: Any, words: Words) -> list[tuple[str
     if isinstance(thing, type):
         return _members(thing, words)
     if isinstance(thing, FunctionType):
-        return [*_used(thing).items(), *_around(thing)]
+        return list(_used(thing).items())
     if isinstance(thing, list | tuple | set | frozenset | deque):
         return [(path, each) for each in thing]
     if isinstance(thing, dict):

@@ -90,3 +90,7 @@ class Record:
     unused: tuple[str, ...] = ()  # of the tensors that it keeps, those that nobody needed then
     tries: int = 0  # how often it was tried again since something changed
     refused: tuple[str, ...] = ()  # changes with which it does not compute what it did
+
+    def begin(self) -> None:
+        """A training call begins, as planned until something else is noted."""
+        self.departs, self.keeps, self.unused, self.shared.trains = "", "as planned", (), True

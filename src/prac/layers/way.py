@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from prac.layers.reach import GONE, OWN, Reached, Words, attributes, contents_of, held, is_held, is_same, named, picked
+from prac.layers.reach import GONE, OWN, Reached, Words, attributes, contents_of, held, is_held, is_same, named
 from prac.layers.reach import reached as everything
 
 
@@ -74,12 +74,11 @@ class Way(NamedTuple):
 def way(module: nn.Module, of_class: type[nn.Module] | None = None) -> Way:
     """The module's way of computing, to be compared with a later one; ``of_class`` if it has another for a while."""
     of_class = of_class or type(module)
-    words, found = named(module, of_class), attributes(module)
-    own = {name: held(value) for name, value in picked(found, words).items()}
-    known = {*OWN, *found, *module._parameters, *module._buffers}
-    return Way(
-        of_class, of_class.forward, words, own, known, _parts(module), tuple(everything(module, of_class, words))
-    )
+    words = named(module, of_class)
+    own = {name: held(value) for name, value in attributes(module, words).items()}
+    known = {*OWN, *vars(module), *module._parameters, *module._buffers}
+    around = tuple(everything(module, of_class, words))
+    return Way(of_class, of_class.forward, words, own, known, _parts(module), around)
 
 
 def of_forward(of_class: type[nn.Module]) -> Way:
@@ -110,9 +109,7 @@ def _within(reached: Reached, now: Any) -> Difference:
     path, before = reached.path, reached.before
     if not hasattr(before, "get") or not hasattr(now, "keys"):
         return Difference(f"its {path} was changed", False)
-    there = before.keys or [] if not isinstance(before, dict) else before
-    names = [
-        name for name in {**dict.fromkeys(there), **now} if not is_held(before.get(name, GONE), now.get(name, GONE))
-    ]
+    there = before if isinstance(before, dict) else before.keys or []
+    names = [n for n in dict.fromkeys([*there, *now]) if not is_held(before.get(n, GONE), now.get(n, GONE))]
     name = names[0] if names else ""
     return _difference(f"{path}.{name}", before.get(name, GONE), now.get(name, GONE))
