@@ -92,7 +92,7 @@ class Plan:
         if not together and (self.config.attention_bits is None or self.config.linear is None):
             return {}
         read = [n for n, match in self._matches.items() if match.shareable and n in self.structure.keeps_input]
-        return dict.fromkeys(read, Source("", "what made it"))
+        return dict.fromkeys(read, Source("", "the operation that made it"))
 
     def qualifies(self, norm: str) -> bool:
         """Whether every use of a norm's output is a linear layer that takes it from the norm."""
