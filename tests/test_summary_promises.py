@@ -176,6 +176,15 @@ def test_the_summary_of_a_partly_frozen_model(family: str, trained: str) -> None
     batch = FAMILIES[family][1]
     handle = prac.compress(model, prac.PRESETS["lean"].replace(min_width=8), include="*", example=batch)
     model(**batch).logits.sum().backward()
+    kept, read = kept_and_read(model, batch)
+    rows = [row for row in handle.rows() if row.compressed and row.what != "attention"]
+    assert rows
+    for row in rows:
+        assert kept.get(row.name, 0) == row.after * read.get(row.name, 0), (row, kept)
+
+
+def kept_and_read(model: nn.Module, batch: dict[str, Tensor]) -> tuple[dict[str, int], dict[str, int]]:
+    """Of each module in a forward pass: the bytes that it keeps, and the rows that it reads."""
     read: dict[str, int] = {}
 
     def look(name: str) -> Callable[..., None]:
@@ -191,7 +200,32 @@ def test_the_summary_of_a_partly_frozen_model(family: str, trained: str) -> None
         model(**batch)
     for each in hooks:
         each.remove()
-    rows = [row for row in handle.rows() if row.compressed and row.what != "attention"]
-    assert rows
-    for row in rows:
-        assert kept.by_module.get(row.name, 0) == row.after * read.get(row.name, 0), (row, kept.by_module)
+    return kept.by_module, read
+
+
+DTYPES = {
+    "float64": (torch.float64, False),
+    "bfloat16": (torch.bfloat16, False),
+    "autocast": (torch.float32, True),
+}
+
+
+@pytest.mark.parametrize("config", [EXACT, EXACT.replace(group=None), prac.PRESETS["paper"].replace(min_width=1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_summary_in_the_dtype_that_is_kept(family: str, dtype: str, config: prac.Config) -> None:
+    batch = FAMILIES[family][1]
+    model = build(family).to(DTYPES[dtype][0])
+    handle = prac.compress(model, config, include="*", example=batch)
+    with torch.autocast("cpu", torch.bfloat16, enabled=DTYPES[dtype][1]):
+        model(**batch)
+        kept, read = kept_and_read(model, batch)
+    by_reference = config.group is None and config.linear == FULL
+    for row in handle.rows():
+        if not row.compressed or row.what == "attention":
+            continue
+        if by_reference and row.name.endswith(("o_proj", "attn.c_proj")):
+            continue  # what it reads is the output that torch's attention keeps, as in plain training
+        assert kept.get(row.name, 0) == row.after * read.get(row.name, 0), (row, kept)
+        if by_reference and row.what == "linear":
+            assert row.before == row.after

@@ -80,6 +80,7 @@ class Estimator:
     def __init__(self, clock: Clock, *, name: str = "", seed: int = 0) -> None:
         self.clock, self.name, self.seed = clock, name, seed
         self.width: int | None = None
+        self.kept_in: torch.dtype | None = None  # the dtype in which it took what it kept last
         self.observer: Callable[[Tensor, Kept], None] | None = None
         self.draws = (0, 0)  # the step, and how often it drew in it
         self._last: _Last | None = None
@@ -91,7 +92,7 @@ class Estimator:
         Layers that read the same tensor get the same result: the last one is remembered for as
         long as both it and its input are alive (Section 5.1, "Subspace Sharing").
         """
-        dtype = dtype or x.dtype
+        dtype = self.kept_in = dtype or x.dtype
         key = (x._version, self.clock.now(), dtype)
         kept = self._recall(x, key)
         if kept is None:

@@ -65,7 +65,7 @@ class _Rows:
     def compressed(self, name: str, layer: Compressed) -> Row:
         record = layer._prac
         weight = _weight(layer)
-        dtype = weight.dtype if weight is not None else next(self.model.parameters()).dtype
+        dtype = record.reads or (next(self.model.parameters()) if weight is None else weight).dtype
         row: dict[str, Any] = {"name": name, "module": record.original.__name__, "what": layer.kind}
         if self.model.training and not layer.training:
             return Row(**row, rank="", before=None, after=None, note="in eval mode, where everything stays in full")
@@ -95,7 +95,8 @@ class _Rows:
         unused = {"y", *record.unused}
         kept = {e: share.get(tensor, 1.0) for tensor, e in layer.estimators.items() if tensor not in unused}
         before = round(sum(s * (e.width or 0) * dtype.itemsize for e, s in kept.items())) + statistics
-        after = round(sum(s * e.bytes_per_token(dtype.itemsize) for e, s in kept.items())) + statistics
+        after = sum(s * e.bytes_per_token((e.kept_in or dtype).itemsize) for e, s in kept.items())
+        after = round(after) + statistics
         return Row(**row, rank=label, before=before, after=after, note=record.departs)
 
     def reader(self, row: dict[str, Any], layer: Compressed, dtype: torch.dtype) -> Row:

@@ -59,7 +59,7 @@ def layout(n: int, bits: Bits) -> tuple[int, int]:
 def bytes_per_token(n: int, bits: Bits | None, itemsize: int) -> int:
     """What :func:`store` keeps of a token of n features of ``itemsize`` bytes each."""
     if bits is None or bits.bits >= 16:
-        return n * (itemsize if bits is None else min(itemsize, bits.bits // 8))
+        return n * (min(itemsize, 2) if bits is not None and bits.bits == 16 else itemsize)
     group, width = layout(n, bits)
     return width * bits.bits // 8 + width // group * PER_GROUP_BYTES
 

@@ -69,7 +69,7 @@ class Stored(Estimator):
 
     def kept(self, tensors: Tensors, n: int, dtype: torch.dtype) -> Kept:
         """What :func:`prac.storage.store` returned, with how to read it."""
-        self.width = n
+        self.width, self.kept_in = n, dtype
         return Kept(tensors, Rounded(self.bits, n, dtype))
 
     def noise(self, m: int, n: int, device: torch.device) -> Dither | None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from prac.autocast import autocast_dtype
 from prac.config import Kind
 from prac.estimator import Estimator
 from prac.layers.base import Compressed, is_transformed
@@ -34,7 +35,7 @@ class Attention(Compressed):
         if is_transformed():
             self.depart("it is called within a transform of torch.func or forward-mode AD: it stays in full", "in full")
             return self._original(*args, **kwargs)
-        self._prac.begin()
+        self._prac.begin(None)
         with _Replaced(self):
             return self._original(*args, **kwargs)
 
@@ -91,6 +92,7 @@ def _attend(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+    layer._prac.reads = autocast_dtype(query)
     layer._prac.keys_per_query = key.shape[-2] / query.shape[-2]
     out, kept = attention(
         query, key, value, layer.enough_bits(query, key, scale),

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 
-from prac.autocast import without_autocast
+from prac.autocast import autocast_dtype, without_autocast
 from prac.config import Kind
 from prac.estimator import Estimator
 from prac.layers.reach import picked
@@ -87,7 +87,7 @@ class Compressed(nn.Module):
         if not isinstance(x, Tensor) or not x.numel():  # nothing to keep
             return self._original(*args, **kwargs)
         _refuse_others(record.name, x)
-        record.begin()
+        record.begin(x.dtype if self.kind == "norm" else autocast_dtype(x))
         if record.shared.is_waiting:
             record.shared.is_waiting = False
             record.shared.warn(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from prac.autocast import autocast_dtype
 from prac.config import Kind
 from prac.estimator import Tensors
 from prac.layers.base import Compressed, is_hooked, trained
@@ -80,16 +82,19 @@ class MLP(Compressed):
         )
         return isinstance(self.estimators["gate"], Stored) and ours and alone
 
-    def _parameters_ON(self, name: str) -> tuple[Tensor, Tensor | None]:
+    def _parameters_ON(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         layer = self.get_submodule(name)
         assert isinstance(layer, Linear)
-        layer._prac.begin()  # whatever it did when it was called itself
+        layer._prac.begin(dtype)  # whatever it did when it was called itself
         return layer.parameters_ON()
 
     def _from_norm(self, x: Tensor, normed: Normed) -> Tensor:
         roles, keep = self._prac.match.facts.roles, self.estimators["gate"]
         assert isinstance(keep, Stored)
-        into, down = [self._parameters_ON(name) for name in roles.into], self._parameters_ON(roles.down)
+        dtype = autocast_dtype(x)
+        into, down = [self._parameters_ON(name, dtype) for name in roles.into], self._parameters_ON(roles.down, dtype)
+        for estimator in self.estimators.values():
+            estimator.kept_in = dtype
         shape = {"is_gated": roles.gated, "gate_first": roles.gate_first}
         seen = None if keep.observer is None else self._observer()
         y = norm_mlp(x, normed, into, down, roles.function.name, keep.bits, **shape, seen=seen)

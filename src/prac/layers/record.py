@@ -84,6 +84,7 @@ class Record:
     suspended: bool = False  # keep everything in full for a while
     due: int = 0  # the optimizer step at which it is to decide again how to keep, where it decides
     dtypes: dict[Any, torch.dtype] = field(default_factory=dict)  # of a norm's output, by what decides them
+    reads: torch.dtype | None = None  # of its input in that call, as autocast has it
     keys_per_query: float = 1.0  # of attention, in its last training call
     departs: str = ""  # why its last training call was not as planned, and what it kept then
     keeps: Keeps = "as planned"
@@ -91,6 +92,7 @@ class Record:
     tries: int = 0  # how often it was tried again since something changed
     refused: tuple[str, ...] = ()  # changes with which it does not compute what it did
 
-    def begin(self) -> None:
+    def begin(self, reads: torch.dtype | None) -> None:
         """A training call begins, as planned until something else is noted."""
+        self.reads = reads
         self.departs, self.keeps, self.unused, self.shared.trains = "", "as planned", (), True
