@@ -213,6 +213,26 @@ def test_transforms_of_torch_func(given: bool) -> None:
     assert "torch.func" not in handle.summary()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("given", [True, False])
+def test_torchscript(given: bool) -> None:
+    """What is traced in training trains as plain does; what would be compiled says what to do."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Two(), FeedForward()).train()
+    plain = copy.deepcopy(model)
+    handle = prac.compress(model, "lean", **({"example": X} if given else {}))
+    with pytest.warns(UserWarning, match="torch.jit.trace"):
+        traced = torch.jit.trace(model, X, check_trace=False)
+    traced(X).square().sum().backward()
+    plain(X).square().sum().backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    with pytest.raises(TypeError, match=r"0\.norm is compressed by prac.*handle.restore"):
+        torch.jit.script(model)
+    handle.restore()
+    torch.jit.trace(model, X)
+
+
 class Counted(nn.Module):
     """A parametrisation that counts how often it is evaluated."""
 

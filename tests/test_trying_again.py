@@ -80,7 +80,7 @@ def test_what_hooks_leave_on_a_module_is_neither_looked_at_nor_held() -> None:
     assert not any(ref() is not None for ref in refs)
 
 
-@pytest.mark.filterwarnings("ignore:.*does not do as planned")
+@pytest.mark.filterwarnings("ignore:.*that prac compressed")
 def test_code_that_names_no_attributes_is_watched_in_all_of_them() -> None:
     class Finds(FeedForward):
         def __init__(self) -> None:
@@ -142,7 +142,7 @@ def test_a_replaced_function_is_called_even_if_it_computes_the_same() -> None:
     assert calls == [1]
 
 
-@pytest.mark.filterwarnings("ignore:.*does not do as planned")
+@pytest.mark.filterwarnings("ignore:.*that prac compressed")
 def test_an_activation_that_somebody_holds() -> None:
     """Activations are compressed in a copy, since others may share them; what happens to the original counts too."""
     model = nn.Sequential(nn.Linear(N, 48), nn.GELU(), nn.Linear(48, N)).train()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import warnings
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from prac.layers.record import Shared
 from prac.plan import Plan
 from prac.probe import Structure
 from prac.tangible import is_hollow
+from prac.warn import warn
 
 Filter = str | Sequence[str] | Callable[[nn.Module, str], bool]
 Found = dict[str, Match | str | None]
@@ -157,7 +157,7 @@ class Conversion:
                 return
             reasons = "; ".join(sorted({str(structure.attention[name]) for name in full}))
             text = f"{asked} has no effect on {len(full)} attention modules of {whose} ({full[0]}, …): {reasons}."
-        warnings.warn(text, stacklevel=4)
+        warn(text)
 
     def swap(self, model: nn.Module, layers: Layers) -> None:
         """Swap the layers in."""

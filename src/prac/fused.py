@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prac.warn import warn
+
 # Below this many elements the kernels are not what takes the time.
 WORTHWHILE = 2**16
 # A kernel made for one number of tokens is up to four times as fast (on CPU) as one for any; but
@@ -117,10 +119,9 @@ def _give_up(name: str, error: Exception) -> None:
     global _broken
     _broken = True
     reason = (str(error).strip() or "no message").splitlines()[0]
-    warnings.warn(
+    warn(
         f"prac runs without fused kernels, more slowly: torch.compile failed on {name} "
-        f"({type(error).__name__}: {reason}). On CPU it needs a C++ compiler. PRAC_COMPILE=0 silences this.",
-        stacklevel=3,
+        f"({type(error).__name__}: {reason}). On CPU it needs a C++ compiler. PRAC_COMPILE=0 silences this."
     )
 
 

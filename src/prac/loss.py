@@ -9,7 +9,6 @@ the plain way, to rounding.
 from __future__ import annotations
 
 import inspect
-import warnings
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +23,7 @@ from prac.head import Call, PuttingOff, calls, outside_graphs, why_not
 from prac.ops import linear_cross_entropy
 from prac.probe import example_for
 from prac.tangible import hollow
+from prac.warn import warn
 
 HELP = "leave the loss as it is (loss=None, or --loss plain)"
 
@@ -145,7 +145,7 @@ class ChunkedLoss:
             raise NotChunked(f"{message}: {HELP}.")
         if reason not in self._warned:
             self._warned.add(reason)
-            warnings.warn(f"{message}. It trains with its logits.", stacklevel=2)
+            warn(f"{message}. It trains with its logits.")
 
     # --- the loss ----------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from prac.memory import track_kept
 from prac.reading import LayerStats, Reading
 from prac.replay import Call
 from prac.subspace import Subspace
+from prac.warn import warn
 
 _START = '{"step": '  # of a line in a file of readings
 
@@ -232,7 +232,7 @@ class Monitor:
     def _warn(self, problem: str) -> None:
         if problem not in self._warned:
             self._warned.add(problem)
-            warnings.warn(f"prac.Monitor, step {self._step}: {problem}", stacklevel=3)
+            warn(f"prac.Monitor, step {self._step}: {problem}")
 
 
 def _as_written(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:

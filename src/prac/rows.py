@@ -71,7 +71,7 @@ class _Rows:
             return Row(**row, rank="", before=None, after=None, note="in eval mode, where everything stays in full")
         replaced = "its forward was replaced after compress" if "forward" in vars(layer) else layer.differs(self.device)
         if replaced or record.keeps in ("nothing", "in full"):
-            note = f"{replaced}: it keeps its input in full" if replaced else record.departs
+            note = f"{replaced}: {layer.in_full}" if replaced else record.departs
             known = [e.width for tensor, e in layer.estimators.items() if tensor != "y" and e.width is not None]
             full = 0 if record.keeps == "nothing" and not replaced else sum(known) * dtype.itemsize
             return Row(**row, rank="in full" if full else "", before=full, after=full, note=note)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +33,7 @@ from prac.factored import FactoredGradient
 from prac.storage import bytes_per_token
 from prac.stored import Rounded, Stored
 from prac.tangible import is_hollow
+from prac.warn import warn
 
 
 class Projected(NamedTuple):
@@ -201,10 +201,7 @@ class Subspace(Estimator):
             raise ValueError(f"{self.name}: cannot make the first subspace: {problem}.")
         if not self._warned:
             self._warned = True
-            warnings.warn(
-                f"{self.name}: refresh at step {self.clock.step} skipped, keeping the old subspace: {problem}.",
-                stacklevel=2,
-            )
+            warn(f"{self.name}: refresh at step {self.clock.step} skipped, keeping the old subspace: {problem}.")
 
     # --- the estimator: what ops ask -----------------------------------------------
 

@@ -58,8 +58,10 @@ def table(rows: Sequence[Row], is_final: bool = True, in_training: bool = True) 
             "The model has no example: the first batch that it trains on shows which layers share an input, and its "
             "attention. This table changes then."
         )
+    sums = "residual sums, products"
     if not any(row.what == "attention" for row in compressed):
-        text.append("What is computed between modules (attention's q, k, v and output, residual sums) stays in full.")
+        sums = f"attention's q, k, v and output, {sums}"
+    text.append(f"What is computed between modules ({sums}) stays in full.")
     return _printable("\n".join(text))
 
 

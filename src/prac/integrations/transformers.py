@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from prac.monitor import Monitor
+from prac.warn import warn
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -61,10 +61,9 @@ class PracCallback(TrainerCallback):
             if (folder / "prac.pt").exists():
                 handle.load(folder)
                 return
-        warnings.warn(
+        warn(
             f"no prac.pt in {folders[-1]}: training goes on from step {state.global_step} with new subspaces. To resume"
-            " exactly from elsewhere, call handle.load(folder) before trainer.train().",
-            stacklevel=2,
+            " exactly from elsewhere, call handle.load(folder) before trainer.train()."
         )
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

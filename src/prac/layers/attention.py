@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from prac.autocast import autocast_dtype
 from prac.config import Kind
 from prac.estimator import Estimator
-from prac.layers.base import Compressed, is_transformed
+from prac.layers.base import TRANSFORMED, Compressed, is_transformed
 from prac.layers.record import Match
 from prac.layers.way import Difference
 from prac.ops.attention import attention, enough, why_not
@@ -29,12 +29,12 @@ class Attention(Compressed):
     """
 
     kind: ClassVar[Kind] = "attention"
+    in_full: ClassVar[str] = "q, k, v and the output stay in full"
 
     def _in_training(self, *args: Any, **kwargs: Any) -> Any:
         """The original's arguments and result."""
         if is_transformed():
-            self.depart("it is called within a transform of torch.func or forward-mode AD: it stays in full", "in full")
-            return self._original(*args, **kwargs)
+            return self._in_its_own_way(TRANSFORMED, args, kwargs)
         self._prac.begin(None)
         with _Replaced(self):
             return self._original(*args, **kwargs)
@@ -87,7 +87,7 @@ def _attend(
     if not wanted:
         layer.keep_nothing()
     elif why:
-        layer.depart(f"{why}: q, k, v and the output stay in full", "in full")
+        layer.depart(f"{why}: {layer.in_full}", "in full")
     if why or not wanted:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa

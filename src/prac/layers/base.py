@@ -24,6 +24,7 @@ from prac.layers.record import Keeps, Match, Record
 from prac.layers.swapping import without_prac
 from prac.layers.way import Difference, way
 
+TRANSFORMED = "it is called within a transform of torch.func, forward-mode AD or torch.jit.trace"
 MOST_TRIES = 16  # of a layer; one whose attributes change again and again goes its own way
 
 
@@ -42,6 +43,7 @@ class Compressed(nn.Module):
 
     kind: ClassVar[Kind]
     statistics: ClassVar[int] = 0  # numbers per token kept exactly, beside Z
+    in_full: ClassVar[str] = "it keeps its input in full"  # what goes its own way
     _prac: Record
 
     @property
@@ -71,9 +73,7 @@ class Compressed(nn.Module):
     def _in_training(self, *args: Any, **kwargs: Any) -> Any:
         record = self._prac
         if is_transformed():
-            return self._in_its_own_way(
-                "it is called within a transform of torch.func or forward-mode AD", args, kwargs
-            )
+            return self._in_its_own_way(TRANSFORMED, args, kwargs)
         if len(args) == 1 and not kwargs:
             (x,) = args
         else:
@@ -113,7 +113,7 @@ class Compressed(nn.Module):
         return self._original(x)
 
     def _in_its_own_way(self, why: str, args: Any, kwargs: Any) -> Any:
-        self.depart(f"{why}: it keeps its input in full", "in full")
+        self.depart(f"{why}: {self.in_full}", "in full")
         return self._original(*args, **kwargs)
 
     def differs(self, device: torch.device | None = None) -> str:
@@ -176,16 +176,22 @@ class Compressed(nn.Module):
         if not warn:
             return
         record.shared.warn(
-            f"this {record.original.__name__}, compressed by prac, does not do as planned: {why} "
-            "(handle.summary() shows where else).",
+            f"{why} (a {record.original.__name__} that prac compressed; handle.summary() shows where else).",
             record.name,
-            why.partition(" from ")[0],  # whatever the values are
+            why.partition(":")[0].partition(" from ")[0],  # whatever the values are and stays in full
         )
 
     def extra_repr(self) -> str:
         """The original's, and how the input is kept."""
         labels = {e.label() for e in self.estimators.values() if e.width is not None}
         return ", ".join(filter(None, [super().extra_repr(), *(f"kept={label}" for label in sorted(labels))]))
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuses, when torch.jit.script asks: it would compile the layer's class, which is made at run time."""
+        raise TypeError(
+            f"{self._prac.name or 'the model'} is compressed by prac, and torch.jit.script cannot compile it. Call "
+            "handle.restore() first."
+        )
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuses: a compressed class is made at run time, so a pickle could not find it."""
@@ -245,8 +251,8 @@ def refuse_pickle(name: str) -> NoReturn:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func (vmap, jvp, …) or forward-mode AD is at work, which prac's ops do not know."""
-    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    """Whether something is at work that prac's ops do not know: torch.func (vmap, jvp, …), forward-mode AD, tracing."""
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or torch.jit.is_tracing()
 
 
 def trained(*tensors: Tensor | None) -> bool:

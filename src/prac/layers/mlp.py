@@ -46,6 +46,7 @@ class MLP(Compressed):
     """
 
     kind: ClassVar[Kind] = "activation"
+    in_full: ClassVar[str] = "what lies between its layers stays in full"
 
     def _differences(self) -> Iterator[Difference]:
         """As for any layer; its activation, dropouts and what else does nothing are its own business too."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from prac.estimator import Estimator
 from prac.layers.way import Way
+from prac.warn import warn
 
 if TYPE_CHECKING:
     from prac.layers.base import Compressed
@@ -65,7 +65,7 @@ class Shared:
         """Once for a model and reason, with the name of the layer where it was seen first."""
         if (why or text) not in self.said:
             self.said.add(why or text)
-            warnings.warn(f"{name}: {text}" if name else text, stacklevel=3)
+            warn(f"{name}: {text}" if name else text)
 
 
 @dataclass
