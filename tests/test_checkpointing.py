@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from helpers import agree, relative
+from liveness import live_bytes
 from models import IDS, Block, N
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -91,3 +92,60 @@ def test_blocks_computed_again_after_a_first_step_that_was_watched(config: prac.
     notes = {row.name: row.note for row in handle.rows()}
     assert notes["blocks.0.mlp.w1"] == "from x̂ of norm2"  # seen, though it runs as one operation with the others
     assert "does not" not in handle.summary() and "no example" not in handle.summary()
+
+
+class PostNorm(nn.Module):
+    """Its output is that of a norm, which linear layers in the next block read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.norm = nn.Linear(N, N), nn.LayerNorm(N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + torch.tanh(self.f(x)))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(PostNorm() for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x.square()
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("config", [EXACT, RANK, prac.PRESETS["lean"].replace(min_width=8)])
+def test_what_a_block_keeps_ends_with_it(config: prac.Config, given: bool) -> None:
+    """Also where its output is read by layers of the next block, which then keep an input of their own."""
+    torch.manual_seed(0)
+    model = Checkpointed().train()
+    plain = copy.deepcopy(model)
+    handle = prac.compress(model, config, include="*", **({"example": X} if given else {}))
+    alive = {}
+    for m in (model, plain):
+        m(X).sum().backward()
+        m.zero_grad()
+        alive[m], loss = live_bytes(lambda m=m: m(X).sum())
+        loss.backward()
+    # The last block's, whose output no layer of prac reads, are there until its backward.
+    row = X.numel() // N * 4
+    assert alive[model] <= alive[plain] + row * (N + 8)
+    if config is not RANK:
+        assert "in another block, which checkpointing computes again" in handle.summary()
+    if config in (EXACT, RANK):
+        agree(model, plain, X)
+
+
+def test_an_eval_mode_before_what_is_computed_again() -> None:
+    model, x = nn.Sequential(Block(), Block()).train(), X.clone().requires_grad_()
+    plain = copy.deepcopy(model)
+    prac.compress(model, EXACT, include="*", example=X)
+    for m in (model, plain):
+        m.train()
+        loss = checkpoint(m, x, use_reentrant=False).square().sum()
+        m.eval()
+        loss.backward()
+    assert all(relative(p.grad, q.grad) < 1e-3 for p, q in zip(model.parameters(), plain.parameters(), strict=True))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import agree, gradients, relative
+from liveness import live_bytes
 from models import BATCH, FeedForward, N, build
 from torch import Tensor, nn
 
@@ -265,3 +266,51 @@ def test_parametrised_weights_are_evaluated_as_often_as_in_plain_training(config
         agree(model, plain, X)
     for ours, theirs in zip(spectral.buffers(), plain[3].b.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("config", [EXACT, RANK])
+def test_numbers_of_parameters_that_are_exchanged_before_backward(config: prac.Config) -> None:
+    """By `.data`, as weight averaging does: the gradients are those of the numbers that forward had."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.RMSNorm(N), FeedForward(), nn.LayerNorm(N), Two()).train()
+    prac.compress(model, config, include="*", example=X)
+    gradients = []
+    for exchange in (False, True):
+        model.zero_grad()
+        loss = model(X).square().sum()
+        before = [p.data for p in model.parameters()]
+        for p in model.parameters():
+            p.data = 1.5 * p.data if exchange else p.data
+        loss.backward()
+        for p, data in zip(model.parameters(), before, strict=True):
+            p.data = data
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(relative(a, b) < 1e-3 for a, b in zip(*gradients, strict=True))
+
+
+def test_an_output_that_is_kept_holds_nothing_else_when_backward_has_run() -> None:
+    model = nn.Sequential(nn.Linear(N, 2 * N), nn.GELU()).train()
+    prac.compress(model, EXACT, include="*", example=X)
+
+    def step() -> Tensor:
+        y = model(X)
+        y.sum().backward()
+        model.zero_grad()
+        return y
+
+    step()
+    alive, y = live_bytes(step)
+    assert alive == y.untyped_storage().nbytes()
+
+
+def test_a_child_that_an_attribute_hides() -> None:
+    """As torch's own decoder has one: its activation is looked up in the instance before it is as a child."""
+    torch.manual_seed(0)
+    layer = nn.TransformerDecoderLayer(N, 4, 48, 0.0, activation=nn.GELU(), batch_first=True)
+    for given in (True, False):
+        model = nn.TransformerDecoder(layer, 2).train()
+        plain = copy.deepcopy(model)
+        example = {"example": (X, X)} if given else {}
+        handle = prac.compress(model, EXACT, include="*", **example)
+        agree(model, plain, X, X)
+        handle.restore()

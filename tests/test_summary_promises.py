@@ -229,3 +229,78 @@ def test_the_summary_in_the_dtype_that_is_kept(family: str, dtype: str, config: 
         assert kept.get(row.name, 0) == row.after * read.get(row.name, 0), (row, kept)
         if by_reference and row.what == "linear":
             assert row.before == row.after
+
+
+def eager(model: nn.Module) -> None:
+    model.set_attn_implementation("eager")
+
+
+def dropping(model: nn.Module) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+
+
+@pytest.mark.parametrize("change", [eager, dropping])
+def test_attention_that_stops_keeping_its_output(change: Callable[[nn.Module], None]) -> None:
+    model, batch = build("llama"), FAMILIES["llama"][1]
+    handle = prac.compress(model, prac.PRESETS["lean"].replace(min_width=8))
+    for changed in (False, True):
+        if changed:
+            change(model)
+        model(**batch).logits.sum().backward()
+        kept, read = kept_and_read(model, batch)
+        found = [row for row in handle.rows() if row.name.endswith("o_proj")]
+        assert [row.after * read[row.name] for row in found] == [kept.get(row.name, 0) for row in found]
+        assert all(("does not keep it" in row.note, row.after > 0) == (changed, changed) for row in found)
+
+
+class Again(nn.Module):
+    """One block, run three times; its projection once more, of what nobody else keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(N), nn.Linear(N, N), nn.Linear(N, N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x + self.b(torch.sigmoid(self.a(self.norm(x))))
+        return self.b(x * 2)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_layers_that_are_called_several_times(given: bool) -> None:
+    torch.manual_seed(0)
+    model = Again().train()
+    config = EXACT.replace(linear=prac.Bits(8))
+    handle = prac.compress(model, config, include="*", **({"example": X} if given else {}))
+    model(X).sum().backward()
+    with track_kept(model, X) as kept:
+        model(X).sum()
+    rows = {row.name: row for row in handle.rows()}
+    assert [rows[name].calls for name in ("norm", "a", "b")] == [3, 3, 4]
+    tokens = X.numel() // N
+    assert kept.by_module["norm"] == rows["norm"].after * tokens * 3
+    # Of its first call it is said that the sigmoid keeps it; the last call decides.
+    assert kept.by_module["b"] == rows["b"].after * tokens
+    assert f"→ {3 * rows['norm'].after + 4 * rows['b'].after}" in handle.summary()
+    assert "called 3 times in a pass" in handle.summary()
+
+
+def test_what_is_said_under_the_table() -> None:
+    model, batch = build("llama"), FAMILIES["llama"][1]
+    model.model.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"exclude='model.layer\.\*' names no module.*'model.layers"):
+        handle = prac.compress(model, "lean", include="*", exclude="model.layer.*")
+    assert "Parts are frozen" in handle.summary()
+    model(**batch).logits.sum().backward()
+    assert "Parts are frozen" not in handle.summary()
+    model.requires_grad_(True)
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.GELU()
+        layer.more = nn.Linear(N, N)
+    with pytest.warns(UserWarning, match=r"act_fn was changed.*what lies between its layers stays in full"):
+        model(**batch).logits.sum().backward()
+    said = handle.summary()
+    assert "4 modules were added or changed since" in said and "2 layers go their own way" in said
+    mlp = next(row for row in handle.rows() if row.name == "model.layers.0.mlp")
+    assert (mlp.rank, mlp.before, mlp.after) == ("in full", None, None)

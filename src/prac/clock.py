@@ -122,6 +122,11 @@ def _backward() -> int:
     return torch._C._current_graph_task_id()
 
 
+def in_backward() -> bool:
+    """Whether this thread is in a backward pass, as what checkpointing computes again is."""
+    return _backward() != _NONE
+
+
 def _references(modules: Iterable[nn.Module]) -> tuple[weakref.ref[nn.Module], ...]:
     return tuple(map(weakref.ref, modules))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import fnmatch
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -42,12 +43,15 @@ class Conversion:
 
     def __init__(self, model: nn.Module, config: Config, include: Filter | None, exclude: Filter | None) -> None:
         self.config, self._include, self._exclude = config, include, exclude
+        for what, filter in (("include", include), ("exclude", exclude)):
+            _warn_of_names(what, filter, [name for name, _ in model.named_modules()])
         self.clock = Clock(model)
         self.notes: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self.shared = Shared()
         self.clock.on_step = self.shared.stepped
         self.is_final = self.is_undone = False
         self.state: dict[str, Any] | None = None
+        self._calls: dict[str, int] = {}
         self._layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def found(self, model: nn.Module) -> Found:
@@ -85,6 +89,7 @@ class Conversion:
         matches = {name: match for name, match in found.items() if isinstance(match, Match)}
         notes = {name: why for name, why in found.items() if isinstance(why, str)}
         known = Structure() if structure is None else structure
+        self._calls = known.calls
         reasons: dict[str, str | None] = {}
         for name, seen in known.attention.items():
             if isinstance(found.get(name), Match):
@@ -169,6 +174,7 @@ class Conversion:
                 own = copy.copy(module)
                 _replace(model, {module: own})
             swap(own, match, estimators, name=name, source=source, shared=self.shared)
+            own._prac.calls = self._calls.get(name, 1)
             if own is not module:  # others may use it too, also outside of this model
                 own._prac.stands_for = module
             self._layers.add(own)
@@ -212,12 +218,24 @@ def _replace(model: nn.Module, others: Mapping[nn.Module, nn.Module]) -> None:
 
 
 def _matches(filter: Filter | None, module: nn.Module, name: str) -> bool:
-    if filter is None:
-        return False
     if callable(filter):
         return bool(filter(module, name))
-    patterns = [filter] if isinstance(filter, str) else list(filter)
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _patterns(filter))
+
+
+def _patterns(filter: Filter | None) -> list[str]:
+    if filter is None or callable(filter):
+        return []
+    return [filter] if isinstance(filter, str) else list(filter)
+
+
+def _warn_of_names(what: str, filter: Filter | None, names: Sequence[str]) -> None:
+    """Of patterns that match nothing, which are misspelt."""
+    for pattern in _patterns(filter):
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            like = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
+            nearest = f" Its modules have names such as {like[0]!r}." if like else ""
+            warn(f"{what}={pattern!r} names no module of the model.{nearest}")
 
 
 def _output_embeddings(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -17,6 +18,7 @@ from prac.layers.base import is_transformed, refuse_pickle
 from prac.probe import Structure, Watch, probe
 from prac.structure import Example, as_call
 from prac.tangible import hollow, is_hollow
+from prac.underway import UnderWay
 
 
 def structure_of(
@@ -73,6 +75,7 @@ class FirstBatch:
     def __init__(self, conversion: Conversion) -> None:
         self.conversion = conversion
         self._seen: Structure | None = None
+        self._watching: Callable[[], None] | None = None  # ends it
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuses, as the layers do."""
@@ -93,6 +96,7 @@ class FirstBatch:
             return
         with _lock:  # of several threads the first looks, and the others find it done
             if self in model._forward_pre_hooks.values():
+                self.close()
                 self._look(model, args, kwargs)
 
     def _look(self, model: nn.Module, args: Any, kwargs: Any) -> None:
@@ -117,14 +121,17 @@ class FirstBatch:
         return found if found.of_training else None
 
     def _watch(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        watch = Watch(model, self.conversion.names(model))
+        watch = Watch(model, self.conversion.names(model), UnderWay(model))
         watch.__enter__()
         self.conversion.shared.is_watched = True
 
-        def leave(model: nn.Module, inputs: Any, output: Any) -> None:
+        def end() -> None:
             hook.remove()
-            structure = None if output is None else watch.structure(output, args, kwargs)
             watch.__exit__()
+
+        def leave(model: nn.Module, inputs: Any, output: Any) -> None:
+            structure = None if output is None else watch.structure(output, args, kwargs)
+            self.close()
             if structure is not None and structure.hidden:  # a block that is computed again has to find what it was
                 self._seen = structure
             elif structure is not None:
@@ -132,11 +139,20 @@ class FirstBatch:
                 self.conversion.again(model, structure)
 
         hook = model.register_forward_hook(leave, always_call=True)
+        self._watching = end
+        weakref.finalize(model, watch.abandon).atexit = False
+
+    def close(self) -> None:
+        """Stop watching, also where a call was interrupted so that its end never came."""
+        end, self._watching = self._watching, None
+        if end is not None:
+            end()
 
 
 def detach(model: nn.Module) -> None:
     """Take the hook away again, if there is one. By its class: a copied model has a copy of the hook."""
     hooks = model._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if isinstance(hook, FirstBatch)]:
+    for key, hook in [(key, hook) for key, hook in hooks.items() if isinstance(hook, FirstBatch)]:
+        hook.close()
         del hooks[key]
         model._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -17,7 +17,7 @@ from prac.estimator import Estimator, Kept
 from prac.firstbatch import detach, structure_of
 from prac.layers import Compressed
 from prac.loss import ChunkedLoss
-from prac.rows import maker_of, rows_of
+from prac.rows import maker_of, remarks_on, rows_of
 from prac.structure import Example, call, in_mode
 from prac.subspace import Subspace
 from prac.summary import Row, table
@@ -57,7 +57,8 @@ class Handle:
 
     def summary(self) -> str:
         """The rows as a table, repeated blocks folded, with totals."""
-        return table(self.rows(), self._conversion.is_final, self.model.training)
+        rows = self.rows()
+        return table(rows, remarks_on(rows, self.model, self._conversion))
 
     def look(self, example: Example) -> None:
         """Let ``example`` show the structure of a model that has had no example and no batch yet; else do nothing."""

@@ -13,14 +13,20 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from prac.deferred import Deferred
 from prac.layers import Compressed
+from prac.underway import UnderWay
 
 
 class Call:
     """A call of a model that is under way: the head whose logits are put off, if any, and whether a loss took them."""
 
-    def __init__(self) -> None:
-        self.head: nn.Module | None = None
+    def __init__(self, model: nn.Module) -> None:
+        self.under_way = UnderWay(model)
+        self.of: Callable[[], nn.Module | None] = _none  # weakly, should the end of the call never come
         self.taken = False
+
+
+def _none() -> None:
+    pass
 
 
 class _Calls(threading.local):
@@ -28,6 +34,12 @@ class _Calls(threading.local):
 
     def __init__(self) -> None:
         self.stack: list[Call] = []
+
+    def innermost(self) -> Call | None:
+        """The last that is still under way."""
+        while self.stack and self.stack[-1].under_way.is_over():
+            self.stack.pop()
+        return self.stack[-1] if self.stack else None
 
 
 calls = _Calls()
@@ -60,7 +72,8 @@ class PuttingOff:
     @staticmethod
     @outside_graphs
     def _perhaps(head: nn.Linear, hidden: Tensor) -> Any:
-        wanted = calls.stack and calls.stack[-1].head is head
+        call = calls.innermost()
+        wanted = call is not None and call.of() is head
         return Deferred(hidden, head) if wanted else type(head).forward(head, hidden)
 
     def __reduce__(self) -> tuple[Any, ...]:

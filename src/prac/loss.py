@@ -103,13 +103,15 @@ class ChunkedLoss:
 
     @outside_graphs
     def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        call = Call()
+        calls.innermost()
+        call = Call(model)
         calls.stack.append(call)
         labels = kwargs.get("labels")
         if labels is None and args:
             labels = inspect.signature(type(model).forward).bind_partial(model, *args).arguments.get("labels")
         if labels is not None and (self.always or torch.is_grad_enabled()):
-            call.head = self._head_of(model)
+            head = self._head_of(model)
+            call.of = call.of if head is None else weakref.ref(head)
 
     def _head_of(self, model: nn.Module) -> nn.Module | None:
         """The output head as it is now, ready to put its logits off; None where the loss is not to be chunked."""
@@ -132,8 +134,10 @@ class ChunkedLoss:
 
     @outside_graphs
     def _end(self, model: nn.Module, output: Any) -> Any:
-        call = calls.stack.pop() if calls.stack else Call()
-        if call.head is None:
+        call = calls.innermost()
+        if call is not None:
+            calls.stack.remove(call)
+        if call is None or call.of() is None:
             return output
         if not call.taken and output is not None:  # None where forward raised
             self._say(model, "it changes its logits before the loss (soft-capping, scaling) or has a loss of its own")
@@ -171,7 +175,9 @@ class ChunkedLoss:
             "label_smoothing": self.label_smoothing if model is not None and model.training else 0.0,
         }
         if isinstance(logits, Deferred) and not logits.touched:
-            calls.stack[-1].taken = True
+            call = calls.innermost()
+            assert call is not None
+            call.taken = True
             hidden, weight_VN, bias_V = logits.factors()
             loss = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), weight_VN, target_M, bias_V, **how)
         else:

@@ -17,6 +17,7 @@ from prac.subspace import Subspace
 # For the exact scalar of a norm whose x̂ is kept at a rank, its readers' outputs are rounded without bias. Four
 # bits leave a relative error of 0.13 / √n in the scalar.
 SCALAR = Bits(4)
+INSIDE = "runs inside its MLP"
 
 
 class Plan:
@@ -62,7 +63,7 @@ class Plan:
             self._as_one[name] = inside
         if roles.gated or name in self._as_one:
             if roles.original:
-                self.left_to_others[f"{name}.{roles.original}"] = "runs inside its MLP"
+                self.left_to_others[f"{name}.{roles.original}"] = INSIDE
         else:
             self.left_to_others[name] = "its layers are compressed one by one"
 

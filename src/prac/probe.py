@@ -6,6 +6,7 @@ Found by watching the model run, so that no architecture has to be known by name
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -14,12 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from prac.ops.attention import why_not
 from prac.quiet import quietly, without_node
 from prac.source import remark
 from prac.structure import Example, running, tensors_in
+from prac.underway import UnderWay
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Structure:
     reads: dict[str, int] = field(default_factory=dict)  # a number for the tensor it read first
     writes: dict[str, int] = field(default_factory=dict)  # and for the one it returned
     width: dict[str, int] = field(default_factory=dict)  # features of what it read
+    calls: dict[str, int] = field(default_factory=dict)  # how often it was called
     heads: set[str] = field(default_factory=set)  # its output is an output of the model
     per_sample: set[str] = field(default_factory=set)  # it saw one row per sample, not per token
     edges: dict[str, int] = field(default_factory=dict)  # how many operations use its output
@@ -79,10 +82,10 @@ def _together(training: Structure, evaluation: Structure) -> Structure:
     skipped = {name for name in evaluation.reads if name not in training.reads}
     unseen = skipped | training.hidden
     found = Structure(attention=evaluation.attention | training.attention)
-    for part in ("reads", "writes", "width"):
+    for part in ("reads", "writes", "width", "calls"):
         ours, theirs = getattr(training, part), getattr(evaluation, part)
         # Tensors are numbered in each run for itself.
-        others = {n: -i if part != "width" else i for n, i in theirs.items() if n in skipped}
+        others = {n: -i if part in ("reads", "writes") else i for n, i in theirs.items() if n in skipped}
         setattr(found, part, ours | others)
     found.edges = training.edges | {n: edges for n, edges in evaluation.edges.items() if n in unseen}
     for part in ("heads", "per_sample"):
@@ -93,10 +96,13 @@ def _together(training: Structure, evaluation: Structure) -> Structure:
 
 
 class Watch:
-    """Watches a forward pass of ``model``, from entering to :meth:`structure` and leaving."""
+    """Watches a forward pass of ``model``, from entering to :meth:`structure` and leaving.
 
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        self.model, self.names = model, names
+    Where it is entered in one hook and left in another, ``call`` tells that the second never came.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], call: UnderWay | None = None) -> None:
+        self.names, self.call, self._model = names, call, weakref.ref(model)
         self._reads: dict[str, Tensor] = {}
         self._writes: dict[str, Any] = {}
         self._inside: list[str] = []  # the watched modules that are running
@@ -104,26 +110,40 @@ class Watch:
         # Storages that operations outside of the watched modules keep, by address. Held, so that no other takes it.
         self._kept: dict[int, Tensor] = {}
         self._hidden: set[str] = set()
+        self._calls: dict[str, int] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Watch:
+        model = self._model()
+        assert model is not None
+        modules = dict(model.named_modules())  # also those that an attribute hides from get_submodule
         with ExitStack() as stack:
             for name in self.names:
-                module = self.model.get_submodule(name)
                 for hook in (
-                    module.register_forward_pre_hook(self._entering(name), with_kwargs=True),
-                    module.register_forward_hook(self._leaving(name), with_kwargs=True, always_call=True),
+                    modules[name].register_forward_pre_hook(self._entering(name), with_kwargs=True),
+                    modules[name].register_forward_hook(self._leaving(name), with_kwargs=True, always_call=True),
                 ):
                     stack.callback(hook.remove)
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor))
-            names = stack.enter_context(running(self.model))
-            stack.enter_context(_WatchAttention(lambda seen: self._attention.setdefault(names[-1], seen)))
+            names = stack.enter_context(running(model))
+            self._mode = stack.enter_context(_WatchAttention(lambda seen: self._attention.setdefault(names[-1], seen)))
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what was seen."""
         self._reads, self._writes, self._kept = {}, {}, {}
+
+    def abandon(self) -> None:
+        """The same, where nobody leaves; and leave if nothing was entered since."""
+        self.forget()
+        hooks, modes = torch._C._autograd._top_saved_tensors_default_hooks(True), _get_current_function_mode_stack()
+        if hooks is not None and hooks[0] == self._pack and modes and modes[-1] is self._mode:
+            self._stack.close()
 
     def _entering(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -138,6 +158,7 @@ class Watch:
     def _leaving(self, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             self._inside.pop()
+            self._calls[name] = self._calls.get(name, 0) + 1
             inputs = [*args, *kwargs.values()]
             if not inputs or not isinstance(inputs[0], Tensor) or not inputs[0].dim() or name in self._reads:
                 return None
@@ -154,13 +175,15 @@ class Watch:
 
     def _pack(self, tensor: Tensor) -> Tensor:
         tensor = without_node(tensor)
-        if not self._inside:
+        if self.call is not None and self.call.is_over():
+            self.forget()
+        elif not self._inside:
             self._kept[_storage(tensor)] = tensor.detach()
         return tensor
 
     def structure(self, output: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Structure:
         """What was seen, given what the model returned for these."""
-        found = Structure(attention=self._attention, hidden=self._hidden)
+        found = Structure(attention=self._attention, hidden=self._hidden, calls=self._calls)
         outputs = tensors_in(output)
         results = {id(t) for t in outputs}
         samples = _samples(args, kwargs)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +12,38 @@ from torch import nn
 from prac.conversion import Conversion
 from prac.estimator import Estimator
 from prac.layers import Compressed, Match, Source, recognise
+from prac.plan import INSIDE
 from prac.stored import Stored
 from prac.summary import Row, is_leaf, why_left
+
+ADDED = "added or changed since: stays in full"
 
 
 def rows_of(model: nn.Module, conversion: Conversion) -> list[Row]:
     """Every module with parameters of its own or of a known kind."""
     return _Rows(model).all({} if conversion.is_undone else conversion.notes, conversion.is_undone)
+
+
+def remarks_on(rows: Sequence[Row], model: nn.Module, conversion: Conversion) -> Iterator[str]:
+    """What is to be said of them together."""
+    layers = [module for module in model.modules() if isinstance(module, Compressed)]
+    if layers and not model.training:
+        yield "The model is in eval mode, in which nothing is compressed: call model.train() before training."
+    if not conversion.is_final:
+        yield (
+            "The model has no example: the first batch that it trains on shows which layers share an input, and its "
+            "attention. This table changes then."
+        )
+    has_trained = any(layer._prac.reads is not None or layer._prac.departs for layer in layers)
+    if layers and not has_trained and not all(p.requires_grad for p in model.parameters()):
+        yield "Parts are frozen: the first step shows which layers no gradient reaches. They keep nothing."
+    if added := sum(row.note == ADDED for row in rows):
+        yield (
+            f"{added} modules were added or changed since prac.compress. handle.restore(), then prac.compress again, "
+            "compresses them too."
+        )
+    if uncounted := sum(row.rank == "in full" and row.after is None for row in rows):
+        yield f"{uncounted} layers go their own way: what their code keeps in full is not counted."
 
 
 def maker_of(layers: Mapping[str, Compressed], name: str) -> str:
@@ -50,14 +76,16 @@ class _Rows:
         self.described: dict[Estimator | Source, str] = {}  # who first keeps it
 
     def all(self, notes: Mapping[nn.Module, str], is_undone: bool) -> list[Row]:
-        rows = []
+        rows: list[Row] = []
         for name, module in self.model.named_modules():
             if isinstance(module, Compressed):
-                rows.append(self.compressed(name, module))
+                rows.append(dataclasses.replace(self.compressed(name, module), calls=module._prac.calls))
             elif notes.get(module) or is_leaf(module):
                 note = notes.get(module)
+                if note == INSIDE and any(name.startswith(f"{row.name}.") and row.rank == "in full" for row in rows):
+                    note = "stays in full, as its MLP does"
                 if note is None and isinstance(recognise(module), Match):
-                    note = "restored" if is_undone else "added or changed since: stays in full"
+                    note = "restored" if is_undone else ADDED
                 note = note or why_left(module)
                 rows.append(Row(name, type(module).__name__, "-", "", None, None, note))
         return rows
@@ -72,9 +100,12 @@ class _Rows:
         replaced = "its forward was replaced after compress" if "forward" in vars(layer) else layer.differs(self.device)
         if replaced or record.keeps in ("nothing", "in full"):
             note = f"{replaced}: {layer.in_full}" if replaced else record.departs
-            known = [e.width for tensor, e in layer.estimators.items() if tensor != "y" and e.width is not None]
-            full = 0 if record.keeps == "nothing" and not replaced else sum(known) * dtype.itemsize
-            return Row(**row, rank="in full" if full else "", before=full, after=full, note=note)
+            if record.keeps == "nothing" and not replaced:
+                return Row(**row, rank="", before=0, after=0, note=note)
+            # Torch's linear layer keeps its input; what the code of others keeps is not known.
+            width = layer.estimators["x"].width if layer.kind == "linear" else None
+            full = None if width is None else width * dtype.itemsize
+            return Row(**row, rank="in full", before=full, after=full, note=note)
         if layer.kind == "linear" and weight is not None and not weight.requires_grad:
             reads = record.source is not None and not record.source.is_there_anyway and "y" in layer.estimators
             if not reads:

@@ -56,6 +56,7 @@ def running(model: nn.Module) -> Iterator[list[str]]:
             continue
         hooks.append(module.register_forward_pre_hook(enter(name)))
         hooks.append(module.register_forward_hook(leave, always_call=True))
+    model = module = None  # type: ignore[assignment]  # where nobody leaves the block, it does not live on by this
     try:
         yield names
     finally:

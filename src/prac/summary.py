@@ -16,7 +16,7 @@ class Row:
 
     ``before`` and ``after`` are bytes per row (token) that the layer's own formula keeps for
     backward: its input, or Z, and statistics. Inputs shared with an earlier layer count there.
-    None where they are not this library's to know.
+    None where they are not this library's to know. What is called ``calls`` times in a pass keeps them each time.
     """
 
     name: str
@@ -26,6 +26,7 @@ class Row:
     before: int | None
     after: int | None
     note: str
+    calls: int = 1
 
     @property
     def compressed(self) -> bool:
@@ -33,31 +34,23 @@ class Row:
         return self.rank != ""
 
 
-def table(rows: Sequence[Row], is_final: bool = True, in_training: bool = True) -> str:
-    """The rows as text; blocks that repeat are folded into one line with a count.
-
-    Where they are not final, or of a model that is not in training mode, a line says so.
-    """
+def table(rows: Sequence[Row], remarks: Iterable[str] = ()) -> str:
+    """The rows as text; blocks that repeat are folded into one line with a count. Under them the remarks and totals."""
     lines = [("layer", "module", "kind", "rank", "before", "after", "note")]
     for pattern, note, count, row in _fold(rows):
         name = pattern if count == 1 else f"{pattern} ×{count}"
+        if row.calls > 1:
+            note = "; ".join(filter(None, [note, f"called {row.calls} times in a pass, and keeps so much each time"]))
         lines.append((name, row.module, row.what, row.rank, _number(row.before), _number(row.after), note))
     text = aligned(lines, right={4, 5})
     compressed = [row for row in rows if row.compressed]
-    before, after = (sum(getattr(row, side) or 0 for row in compressed) for side in ("before", "after"))
-    text.append("")
+    before, after = (sum((getattr(row, side) or 0) * row.calls for row in compressed) for side in ("before", "after"))
+    text += ["", *remarks]
     text.append(
         f"{len(compressed)} layers compressed, {len(rows) - len(compressed)} modules left alone. "
         f"Bytes per token kept by the compressed ones: {before:,} → {after:,}"
         + (f" ({after / before:.0%})." if before else ".")
     )
-    if not in_training and compressed:
-        text.append("The model is in eval mode, in which nothing is compressed: call model.train() before training.")
-    if not is_final:
-        text.append(
-            "The model has no example: the first batch that it trains on shows which layers share an input, and its "
-            "attention. This table changes then."
-        )
     sums = "residual sums, products"
     if not any(row.what == "attention" for row in compressed):
         sums = f"attention's q, k, v and output, {sums}"
@@ -96,7 +89,8 @@ def _fold(rows: Iterable[Row]) -> list[tuple[str, str, int, Row]]:
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         generic = tuple(_NUMBERS.sub("#", text) for text in (row.name, row.note))
-        groups.setdefault((*generic, row.module, row.what, row.rank, _number(row.after)), []).append(row)
+        alike = (*generic, row.module, row.what, row.rank, _number(row.after), str(row.calls))
+        groups.setdefault(alike, []).append(row)
     return [
         (_pattern([row.name for row in group]), _pattern([row.note for row in group]), len(group), group[0])
         for group in groups.values()

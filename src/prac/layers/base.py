@@ -17,6 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 
 from prac.autocast import autocast_dtype, without_autocast
+from prac.clock import in_backward
 from prac.config import Kind
 from prac.estimator import Estimator
 from prac.layers.reach import picked
@@ -61,7 +62,8 @@ class Compressed(nn.Module):
             return type(self).forward(self, *args, **kwargs)
         if self._prac.suspended or not torch.is_grad_enabled():
             return self._original(*args, **kwargs)
-        if not self.training:
+        # What is computed again in backward is as it was, whatever the mode is by then.
+        if not self.training and not (self._prac.shared.trains and in_backward()):
             self._prac.shared.evaluates = True
             return self._original(*args, **kwargs)
         return self._outside_graphs(*args, **kwargs)
@@ -252,7 +254,8 @@ def refuse_pickle(name: str) -> NoReturn:
 
 def is_transformed() -> bool:
     """Whether something is at work that prac's ops do not know: torch.func (vmap, jvp, …), forward-mode AD, tracing."""
-    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or torch.jit.is_tracing()
+    is_traced = torch._C._get_tracing_state() is not None
+    return is_traced or peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def trained(*tensors: Tensor | None) -> bool:

@@ -14,7 +14,7 @@ from prac.layers.base import Compressed, trained
 from prac.layers.record import Match
 from prac.layers.way import Difference
 from prac.ops import Normed, linear
-from prac.source import source_of
+from prac.source import is_past, may_be_kept, source_of
 from prac.stored import by_reference
 
 
@@ -56,8 +56,13 @@ class Linear(Compressed):
         if source is None and planned is not None and trained(self.weight):
             if not x.requires_grad:
                 self.depart("what it reads needs no gradient, so that nobody else keeps it", "its own", warn=False)
-            elif planned.is_there_anyway:
+            elif planned.is_there_anyway and may_be_kept(x):
                 keep = by_reference(x, autocast_dtype(x))
+            elif planned.is_there_anyway:
+                self.depart("the operation that made what it reads does not keep it", "its own", warn=False)
+            elif is_past(x):
+                why = "what it reads was made in another block, which checkpointing computes again"
+                self.depart(f"{why}: it keeps an input of its own", "its own", warn=False)
             else:  # one warning is enough, where the MLP around it has given one
                 why = f"what it reads is not made of {planned.what} alone"
                 self.depart(f"{why}: it keeps an input of its own", "its own", warn=not self._prac.shared.said)

@@ -17,6 +17,7 @@ from prac.layers.base import Compressed, trained
 from prac.layers.record import Match
 from prac.layers.swapping import without_prac
 from prac.ops import Norm, layer_norm, normalise, rms_norm
+from prac.ops.function import among_several
 from prac.source import mark
 from prac.tangible import tangible
 
@@ -73,8 +74,7 @@ class SharedNorm(Compressed):
 
         It does so when the block of the norm is done, forward or backward, while readers in another still need it.
         """
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return p.detach().clone() if several and p is not None else p
+        return p.detach().clone() if p is not None and among_several() else p
 
     def _dtype(self, x: Tensor) -> torch.dtype:
         """Of the output, as the original has it for one token: classes of RMSNorm have each a rule of its own."""

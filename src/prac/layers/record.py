@@ -81,6 +81,7 @@ class Record:
     parameter: str  # the name of its forward's first parameter
     shared: Shared
     stands_for: nn.Module | None = None  # the module in whose place this one is
+    calls: int = 1  # in one forward pass of the model
     suspended: bool = False  # keep everything in full for a while
     due: int = 0  # the optimizer step at which it is to decide again how to keep, where it decides
     dtypes: dict[Any, torch.dtype] = field(default_factory=dict)  # of a norm's output, by what decides them

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from prac.autocast import without_autocast
@@ -29,7 +29,22 @@ def apply(op: type[torch.autograd.Function], *args: Any) -> Any:
 def save(ctx: Any, **groups: Sequence[Tensor | None]) -> None:
     """``save_for_backward`` for tensors in named groups of any length."""
     ctx.groups = {name: len(tensors) for name, tensors in groups.items()}
-    ctx.save_for_backward(*itertools.chain.from_iterable(groups.values()))
+    ctx.save_for_backward(*map(_as_it_is, itertools.chain.from_iterable(groups.values())))
+
+
+def _as_it_is(tensor: Tensor | None) -> Tensor | None:
+    """A parameter's numbers of now, should its ``.data`` be exchanged before backward (weight averaging).
+
+    Among several processes the parameter itself, since that is how sharding (ZeRO) gathers it again.
+    """
+    if not isinstance(tensor, nn.Parameter) or among_several():
+        return tensor
+    return tensor.view_as(tensor)
+
+
+def among_several() -> bool:
+    """Whether this process trains together with others."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def saved(ctx: Any) -> dict[str, tuple[Any, ...]]:
