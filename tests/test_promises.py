@@ -285,7 +285,8 @@ def test_numbers_of_parameters_that_are_exchanged_before_backward(config: prac.C
         for p, data in zip(model.parameters(), before, strict=True):
             p.data = data
         gradients.append([p.grad.clone() for p in model.parameters()])
-    assert all(relative(a, b) < 1e-3 for a, b in zip(*gradients, strict=True))
+    # What ranks draw differs between the two; numbers exchanged would be off by half.
+    assert all(relative(a, b) < (1e-6 if config is EXACT else 0.1) for a, b in zip(*gradients, strict=True))
 
 
 def test_an_output_that_is_kept_holds_nothing_else_when_backward_has_run() -> None:
