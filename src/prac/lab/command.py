@@ -133,7 +133,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--out", type=Path, metavar="FOLDER", help="run folder (default: runs/MODEL-DATE-TIME)")
     group.add_argument("--json", type=Path, metavar="PATH", help="also write the rows of the table to this file")
     group.add_argument("--eval-every", type=int, metavar="N",
-        help="steps between validations, 0 for none before the end (default: a tenth of the steps)",
+        help="steps between validations (default: a tenth of the steps); 0 for one after a tenth, and one at the end",
     )  # fmt: skip
     group.add_argument("--eval-blocks", type=int, default=32, metavar="N",
         help="validation blocks used during training; the end uses all (default: 32)",

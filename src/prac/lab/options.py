@@ -36,7 +36,8 @@ class Options:
         fsdp: shard parameters, gradients and optimizer over the processes (FSDP2).
         loss: ``plain``, ``chunked`` (without the logits), or ``auto``: chunked where the model allows it.
         seed: of the initial weights and of the data order, the same for every method.
-        eval_every: optimizer steps between validations; 0 for none before the last.
+        eval_every: optimizer steps between validations; 0 for one after a tenth of the steps, where the spectrum is
+            taken, and the last.
         eval_blocks: validation blocks used by those (the last one uses all of them).
         save_every: optimizer steps between checkpoints; 0 for the last one alone.
     """

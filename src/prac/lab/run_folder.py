@@ -72,7 +72,11 @@ def _check_same(options: Options, read: dict[str, str], out: Path) -> None:
     if old["config"] is not None:  # one written before some field existed has that field's default
         old["config"] = Config.from_dict(old["config"]).to_dict()
     if changed := differences(old, options.to_dict(), ignore=FREE):
-        raise ValueError(f"cannot resume {out}, it was run with other options ({'; '.join(changed)}).")
+        further = f" To train its model further, give --model {out / MODEL}." if (out / MODEL).exists() else ""
+        raise ValueError(
+            f"cannot resume {out}, it was run with other options ({'; '.join(changed)}). Give those, another --out, or "
+            f"--overwrite.{further}"
+        )
     if changed := [name for name, digest in read.items() if old_read.get(name) != digest]:
         raise ValueError(
             f"cannot resume {out}, the {' and the '.join(changed)} changed since it was run (--data {options.data}, "

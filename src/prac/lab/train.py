@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -117,6 +118,8 @@ def _run(
         if resume and (done := run_folder.finished(options, out, blocks.read)):
             return done
         checkpoint = checkpoints.newest(out) if resume else None
+        if resume and checkpoint is None and main:
+            print(f"prac: {out} holds no checkpoint to go on from: a new run begins.", file=sys.stderr)
         if checkpoint is not None and main:
             checkpoints.check(checkpoint)
 
