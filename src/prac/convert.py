@@ -8,12 +8,12 @@ from torch import nn
 
 from prac.config import Config
 from prac.conversion import Conversion, Filter
+from prac.example import example_for
 from prac.firstbatch import FirstBatch, structure_of
 from prac.handle import Handle
 from prac.layers import Compressed
 from prac.loss import ChunkedLoss
 from prac.presets import as_config
-from prac.probe import example_for
 from prac.structure import Example
 
 

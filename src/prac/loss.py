@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from prac.deferred import Deferred, settled
+from prac.example import example_for
 from prac.head import Call, PuttingOff, calls, outside_graphs, why_not
 from prac.ops import linear_cross_entropy
-from prac.probe import example_for
 from prac.tangible import hollow
 from prac.warn import warn
 

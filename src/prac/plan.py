@@ -9,7 +9,7 @@ from prac.clock import Clock
 from prac.config import Bits, Config, Factors, Keep, Rank
 from prac.decomposed import Decomposed
 from prac.estimator import Estimator
-from prac.layers import MLP, ElementWise, Match, Source
+from prac.layers import MAKER, MLP, ElementWise, Match, Source
 from prac.probe import Structure
 from prac.stored import Stored
 from prac.subspace import Subspace
@@ -93,7 +93,8 @@ class Plan:
         if not together and (self.config.attention_bits is None or self.config.linear is None):
             return {}
         read = [n for n, match in self._matches.items() if match.shareable and n in self.structure.keeps_input]
-        return dict.fromkeys(read, Source("", "the operation that made it"))
+        makers = self.structure.from_keeper
+        return {name: Source("", MAKER if name in makers else "another operation") for name in read}
 
     def qualifies(self, norm: str) -> bool:
         """Whether every use of a norm's output is a linear layer that takes it from the norm."""

@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from prac.ops.attention import why_not
 from prac.quiet import quietly, without_node
-from prac.source import remark
-from prac.structure import Example, running, tensors_in
+from prac.source import may_be_kept, remark
+from prac.structure import running, tensors_in
 from prac.underway import UnderWay
 
 
@@ -36,6 +36,7 @@ class Structure:
     per_sample: set[str] = field(default_factory=set)  # it saw one row per sample, not per token
     edges: dict[str, int] = field(default_factory=dict)  # how many operations use its output
     keeps_input: set[str] = field(default_factory=set)  # what it read is kept by something else as well
+    from_keeper: set[str] = field(default_factory=set)  # namely by the operation that made it
     keeps_output: set[str] = field(default_factory=set)  # and so is what it returned
     # Modules that call torch's attention, with the features of its q, k and v, all heads together, or why prac cannot
     # stand in for it.
@@ -90,7 +91,7 @@ def _together(training: Structure, evaluation: Structure) -> Structure:
     found.edges = training.edges | {n: edges for n, edges in evaluation.edges.items() if n in unseen}
     for part in ("heads", "per_sample"):
         setattr(found, part, getattr(training, part) | (getattr(evaluation, part) & skipped))
-    for part in ("keeps_input", "keeps_output"):
+    for part in ("keeps_input", "from_keeper", "keeps_output"):
         setattr(found, part, (getattr(training, part) - unseen) | (getattr(evaluation, part) & unseen))
     return found
 
@@ -196,6 +197,8 @@ class Watch:
             # Where rows of x have no address of their own, a copy of it would be kept.
             if _storage(x) in self._kept and _storage(x.flatten(end_dim=-2)) in self._kept:
                 found.keeps_input.add(name)
+                if may_be_kept(x):
+                    found.from_keeper.add(name)
             y = self._writes[name]
             if isinstance(y, Tensor):
                 found.writes[name] = id(y)
@@ -277,24 +280,3 @@ def _uses(outputs: Sequence[Tensor]) -> dict[Any, int]:
                     seen.add(node)
                     todo.append(node)
     return uses
-
-
-def example_for(model: nn.Module) -> Example | None:
-    """A small input, for models that follow Hugging Face's conventions; None for others.
-
-    None too for models made of several (a text alone would not show what becomes of pictures).
-    """
-    config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
-    parameter = next(model.parameters(), None)
-    if config is None or parameter is None or set(getattr(config, "sub_configs", ())) - {"text_config"}:
-        return None
-    device = parameter.device
-    if main == "input_ids" and getattr(config, "vocab_size", None):
-        ids = torch.arange(2 * 9, device=device).reshape(2, 9) % config.vocab_size
-        return {main: ids, "decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {main: ids}
-    if main == "pixel_values" and getattr(config, "image_size", None):
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (2, getattr(config, "num_channels", 3), height, width)
-        return {main: torch.zeros(shape, device=device, dtype=parameter.dtype)}
-    return None

@@ -23,7 +23,8 @@ class _Mark:
         self.source: Kept | Normed | None = source
         self.version, self.width = version, width  # of the marked tensor then
         hooks = _hooks()
-        self._block = None if hooks is None else weakref.ref(hooks[0])
+        can = hooks is not None and type(hooks[0]).__weakrefoffset__
+        self._block = weakref.ref(hooks[0]) if can else None
 
     def end_after(self, node: Any) -> None:
         """Release it when the backward of ``node`` has run."""

@@ -18,9 +18,9 @@ from prac.config import Bits, Config, Factors, Rank
 from prac.conversion import Filter
 from prac.convert import compress
 from prac.estimator import Estimator
+from prac.example import example_for
 from prac.layers import Compressed
 from prac.presets import as_config
-from prac.probe import example_for
 from prac.stored import Stored
 from prac.structure import Example
 from prac.subspace import Subspace

@@ -13,10 +13,11 @@ from prac.layers.attention import Attention
 from prac.layers.base import Compressed, overrides_forward
 from prac.layers.mlp import MLP
 from prac.layers.norm import SharedNorm
-from prac.layers.record import Match, Source
+from prac.layers.record import MAKER, Match, Source
 from prac.layers.swapping import swap, unswap
 
 __all__ = [
+    "MAKER",
     "MLP",
     "Attention",
     "Compressed",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prac.autocast import autocast_dtype
 from prac.config import Kind
 from prac.layers.base import Compressed, trained
-from prac.layers.record import Match
+from prac.layers.record import MAKER, Match
 from prac.layers.way import Difference
 from prac.ops import Normed, linear
 from prac.source import is_past, may_be_kept, source_of
@@ -56,7 +56,7 @@ class Linear(Compressed):
         if source is None and planned is not None and trained(self.weight):
             if not x.requires_grad:
                 self.depart("what it reads needs no gradient, so that nobody else keeps it", "its own", warn=False)
-            elif planned.is_there_anyway and may_be_kept(x):
+            elif planned.is_there_anyway and (planned.what != MAKER or may_be_kept(x)):
                 keep = by_reference(x, autocast_dtype(x))
             elif planned.is_there_anyway:
                 self.depart("the operation that made what it reads does not keep it", "its own", warn=False)

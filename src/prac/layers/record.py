@@ -30,10 +30,13 @@ class Match:
     grouped: type[Compressed] | None = None  # the layer to use where a norm shares its x̂ with those that read it
 
 
+MAKER = "the operation that made it"
+
+
 class Source(NamedTuple):
     """From what a layer's input can be had, so that it keeps none: whose tensor, and which."""
 
-    name: str  # "" where it is torch's attention that keeps it
+    name: str  # "" where operations between modules keep it, such as torch's attention
     what: str
 
     @property
