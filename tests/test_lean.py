@@ -195,7 +195,7 @@ def test_the_summary_says_who_has_what_from_whom() -> None:
     text = handle.summary()
     for line in ("from x̂ of input_layernorm", "from x̂ of post_attention_layernorm", "from g and u of mlp"):
         assert line in text
-    assert "stays in full" not in text
+    assert "attention's q, k, v" not in text  # of what stays in full
 
 
 def test_the_final_norm_does_not_hold_its_input() -> None:
