@@ -167,8 +167,8 @@ def test_a_model_too_large_for_this_machine() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=3,
-                                             num_attention_heads=64, vocab_size=128256))  # fmt: skip
+        model = LlamaForCausalLM(LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=3,
+                                             num_attention_heads=32, vocab_size=128256))  # fmt: skip
         ids = torch.empty(8, 4096, dtype=torch.long)
     plain = predict(model, {"input_ids": ids, "labels": ids})
     lean = predict(model, {"input_ids": ids, "labels": ids}, "lean")

@@ -44,6 +44,7 @@ def test_help_has_examples(script, load, monkeypatch, capsys):
 # --- architectures -------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_two_architectures(load, monkeypatch, tmp_path, capsys):
     module, out = load("architectures"), tmp_path / "rows.json"
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
