@@ -8,7 +8,7 @@ import io
 import pytest
 import torch
 from helpers import gradients, loss, relative
-from models import BATCH, LAYERS, PAPER, TEXT, build, train
+from models import BATCH, FAMILIES, LAYERS, PAPER, TEXT, N, build, train
 from torch import nn
 
 import prac
@@ -125,3 +125,23 @@ def test_average_over_draws_approaches_the_exact_gradient() -> None:
         single = relative(got["model.layers.1.mlp.down_proj.weight"], exact["model.layers.1.mlp.down_proj.weight"])
     averaged = relative(total["model.layers.1.mlp.down_proj.weight"], exact["model.layers.1.mlp.down_proj.weight"])
     assert averaged < 0.35 * single
+
+
+def test_what_is_said_under_the_table() -> None:
+    model, batch = build("llama"), FAMILIES["llama"][1]
+    model.model.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"exclude='model.layer\.\*' names no module.*'model.layers"):
+        handle = prac.compress(model, "lean", include="*", exclude="model.layer.*")
+    assert "Parts are frozen" in handle.summary()
+    model(**batch).logits.sum().backward()
+    assert "Parts are frozen" not in handle.summary()
+    model.requires_grad_(True)
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.GELU()
+        layer.more = nn.Linear(N, N)
+    with pytest.warns(UserWarning, match=r"act_fn was changed.*what lies between its layers stays in full"):
+        model(**batch).logits.sum().backward()
+    said = handle.summary()
+    assert "4 modules were added or changed since" in said and "2 layers go their own way" in said
+    mlp = next(row for row in handle.rows() if row.name == "model.layers.0.mlp")
+    assert (mlp.rank, mlp.before, mlp.after) == ("in full", None, None)

@@ -188,16 +188,20 @@ def test_an_mlp_that_leaves_autocast_is_none() -> None:
         assert model(X).dtype == plain(X).dtype == torch.float32
 
 
+class Scaled(FeedForward):
+    """By a tensor, or where that is None by a number."""
+
+    def __init__(self, otherwise: float) -> None:
+        super().__init__()
+        self.scale: Any = torch.ones(())
+        self.otherwise = otherwise
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (self.otherwise if self.scale is None else self.scale)
+
+
 def test_tensors_that_a_module_held_are_not_held_longer() -> None:
-    class Feed(FeedForward):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale: Any = torch.ones(())
-
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) * (1.0 if self.scale is None else self.scale)
-
-    model = nn.Sequential(nn.RMSNorm(N), Feed(), nn.Linear(N, N)).train()
+    model = nn.Sequential(nn.RMSNorm(N), Scaled(1.0), nn.Linear(N, N)).train()
     prune.l1_unstructured(model[2], "weight", 0.5)
     prac.compress(model, EXACT, include="*", example=X)
     refs = [weakref.ref(model[1].scale), weakref.ref(model[2].weight)]
@@ -209,16 +213,8 @@ def test_tensors_that_a_module_held_are_not_held_longer() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*keeps an input of its own")
 def test_a_tensor_that_is_gone_is_not_taken_for_none() -> None:
-    class Feed(FeedForward):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale: Any = torch.ones(())
-
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) * (2.0 if self.scale is None else self.scale)
-
     torch.manual_seed(0)
-    model = nn.Sequential(nn.RMSNorm(N), Feed()).train()
+    model = nn.Sequential(nn.RMSNorm(N), Scaled(2.0)).train()
     plain = copy.deepcopy(model)
     prac.compress(model, EXACT, include="*", example=X)
     assert isinstance(model[1], Compressed)

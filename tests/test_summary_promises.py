@@ -284,23 +284,3 @@ def test_layers_that_are_called_several_times(given: bool) -> None:
     assert kept.by_module["b"] == rows["b"].after * tokens
     assert f"→ {3 * rows['norm'].after + 4 * rows['b'].after}" in handle.summary()
     assert "called 3 times in a pass" in handle.summary()
-
-
-def test_what_is_said_under_the_table() -> None:
-    model, batch = build("llama"), FAMILIES["llama"][1]
-    model.model.requires_grad_(False)
-    with pytest.warns(UserWarning, match=r"exclude='model.layer\.\*' names no module.*'model.layers"):
-        handle = prac.compress(model, "lean", include="*", exclude="model.layer.*")
-    assert "Parts are frozen" in handle.summary()
-    model(**batch).logits.sum().backward()
-    assert "Parts are frozen" not in handle.summary()
-    model.requires_grad_(True)
-    for layer in model.model.layers:
-        layer.mlp.act_fn = nn.GELU()
-        layer.more = nn.Linear(N, N)
-    with pytest.warns(UserWarning, match=r"act_fn was changed.*what lies between its layers stays in full"):
-        model(**batch).logits.sum().backward()
-    said = handle.summary()
-    assert "4 modules were added or changed since" in said and "2 layers go their own way" in said
-    mlp = next(row for row in handle.rows() if row.name == "model.layers.0.mlp")
-    assert (mlp.rank, mlp.before, mlp.after) == ("in full", None, None)

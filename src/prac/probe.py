@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from prac.ops.attention import why_not
 from prac.quiet import quietly, without_node
-from prac.source import may_be_kept, remark
+from prac.source import may_be_kept, remark, saving_hooks
 from prac.structure import running, tensors_in
 from prac.underway import UnderWay
 
@@ -142,14 +142,14 @@ class Watch:
     def abandon(self) -> None:
         """The same, where nobody leaves; and leave if nothing was entered since."""
         self.forget()
-        hooks, modes = torch._C._autograd._top_saved_tensors_default_hooks(True), _get_current_function_mode_stack()
+        hooks, modes = saving_hooks(), _get_current_function_mode_stack()
         if hooks is not None and hooks[0] == self._pack and modes and modes[-1] is self._mode:
             self._stack.close()
 
     def _entering(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._inside.append(name)
-            hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+            hooks = saving_hooks()
             if not torch.is_grad_enabled() or hooks is None or hooks[0] != self._pack:
                 self._hidden.add(name)
 

@@ -22,7 +22,7 @@ class _Mark:
     def __init__(self, source: Kept | Normed, version: int, width: int) -> None:
         self.source: Kept | Normed | None = source
         self.version, self.width = version, width  # of the marked tensor then
-        hooks = _hooks()
+        hooks = saving_hooks()
         can = hooks is not None and type(hooks[0]).__weakrefoffset__
         self._block = weakref.ref(hooks[0]) if can else None
 
@@ -38,7 +38,7 @@ class _Mark:
 
     def check(self) -> None:
         """Release it if the block in which it was made has ended."""
-        hooks = _hooks()
+        hooks = saving_hooks()
         if self._block is None or (hooks is not None and hooks[0] is self._block()):
             return
         if all(pack is not self._block() for pack, _ in _all_hooks()):
@@ -61,7 +61,7 @@ def mark(y: Tensor, source: Kept | Normed, *, width: int | None = None) -> Tenso
     return y
 
 
-def _hooks() -> Any:
+def saving_hooks() -> Any:
     """The innermost (pack, unpack) of those on saved tensors; None without."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
@@ -69,7 +69,7 @@ def _hooks() -> Any:
 def _all_hooks() -> list[Any]:
     """All of them. torch shows the innermost alone, so they are taken off and put back."""
     found = []
-    while (hooks := _hooks()) is not None:
+    while (hooks := saving_hooks()) is not None:
         found.append(hooks)
         torch._C._autograd._pop_saved_tensors_default_hooks()
     for hooks in reversed(found):

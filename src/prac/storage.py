@@ -58,8 +58,10 @@ def layout(n: int, bits: Bits) -> tuple[int, int]:
 
 def bytes_per_token(n: int, bits: Bits | None, itemsize: int) -> int:
     """What :func:`store` keeps of a token of n features of ``itemsize`` bytes each."""
-    if bits is None or bits.bits >= 16:
-        return n * (min(itemsize, 2) if bits is not None and bits.bits == 16 else itemsize)
+    if bits is None or bits.bits == 32:
+        return n * itemsize
+    if bits.bits == 16:
+        return n * min(itemsize, 2)
     group, width = layout(n, bits)
     return width * bits.bits // 8 + width // group * PER_GROUP_BYTES
 
