@@ -16,9 +16,9 @@ import importlib.util
 import tempfile
 from pathlib import Path
 
-from prac import files
-from prac.cli import main as prac
-from prac.lab import data
+from prac.lab.commands.main import main as prac
+from prac.lab.materials import data
+from prac.runtime import files
 
 HERE = Path(__file__).parent / "results"
 METHODS = ("plain+lora", "checkpoint+lora", "velora", "loract+lora", "lean+lora", "small+lora")

@@ -35,11 +35,12 @@ from rich.table import Table
 from transformers import TrainerCallback, set_seed
 
 import prac
-from prac import PRESETS, Bits, Config, Rank, files
-from prac.cli import parser as command_parser
-from prac.lab import models, plots, results, train
-from prac.lab.command import options as parse_options
-from prac.lab.options import Options
+from prac import PRESETS, Bits, Config, Rank
+from prac.lab.materials import models
+from prac.lab.report import plots, results
+from prac.lab.runs import train
+from prac.lab.runs.options import Options, options
+from prac.runtime import files
 
 HERE = Path(__file__).parent / "results"
 LEAN, PAPER = PRESETS["lean"], PRESETS["paper"].replace(norm=None, activation=None)
@@ -120,9 +121,8 @@ def slug(*parts: Any) -> str:
 
 def losses(arguments: argparse.Namespace) -> tuple[dict[tuple[str, str, int], float], dict[Any, prac.Allocation]]:
     """The loss of every policy, variant and seed; plain training is the policy ``""``. And what was allocated."""
-    common = ["--steps", str(arguments.steps), "--batch-size", str(arguments.batch_size), "--eval-every", "0"]
-    parsed = command_parser().parse_args(["train", *common, "--save-every", "0", "--quiet"])
-    plain = {seed: parse_options(parsed, "plain", seed) for seed in arguments.seeds}
+    how = {"steps": arguments.steps, "batch_size": arguments.batch_size, "eval_every": 0, "save_every": 0}
+    plain = {seed: options("plain", seed, **how) for seed in arguments.seeds}
     recipe = models.recipe("llama-tiny")
     interval = {"T1": recipe.interval, "T2": recipe.interval, "growth": recipe.growth}
 

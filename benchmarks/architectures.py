@@ -42,10 +42,10 @@ from zoo import ARCHITECTURES, Architecture, Batch, seed
 
 import prac
 from prac import PRESETS, Bits, Config
-from prac.lab import results
+from prac.convert.summary import Row as Layer
+from prac.lab.report import results
 from prac.memory import track_kept
-from prac.structure import running
-from prac.summary import Row as Layer
+from prac.runtime.running import running
 
 HERE = Path(__file__).parent / "results"
 EXACT = Config(**{kind: Bits(32) for kind in ("linear", "norm", "activation", "group")})

@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
 
-from prac.cli import parser as command_line
-from prac.lab import command, results, train
-from prac.lab.optimizers import is_matrix_of_a_block
-from prac.lab.table import above, spread
+from prac.lab.methods.optimizers import is_matrix_of_a_block
+from prac.lab.report import results
+from prac.lab.report.table import above, spread
+from prac.lab.runs import train
+from prac.lab.runs.options import options
 
 HERE = Path(__file__).parent / "results"
 
@@ -58,16 +59,16 @@ def main() -> None:
     parser.add_argument("--compare", type=Path, default=HERE / "compare.json", help="what prac compare measured")
     arguments = parser.parse_args()
 
-    given = ["train", "--save-every", "0"]
-    given += [] if arguments.steps is None else ["--steps", str(arguments.steps)]
+    steps = {} if arguments.steps is None else {"steps": arguments.steps}
     settings = [("plain", share) for share in arguments.shares]
     settings += [(method, arguments.shares[-1]) for method in arguments.methods]
     rows = []
     for seed in arguments.seeds:
         for method, share in settings:
-            options = command.options(command_line().parse_args(given), method, seed)
             out = arguments.runs / f"{method}-blocks-{share:g}-seed{seed}"
-            row = train.run(options, out, resume=True, callbacks=[SlowBlocks(share)])
+            row = train.run(
+                options(method, seed, save_every=0, **steps), out, resume=True, callbacks=[SlowBlocks(share)]
+            )
             rows.append(row | {"method": f"{method}, blocks × {share:g}", "share": share})
     others = results.read(arguments.compare)["rows"] if arguments.compare.exists() else []
     shown = results.by_method(rows + [row for row in others if row["method"] in ("galore", "rso", "compact")])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from prac.lab import plots
+from prac.lab.report import plots
 
 Measured = tuple[float, float] | None  # and its spread, 0 for what is counted; None where there is none
 

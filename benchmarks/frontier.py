@@ -33,9 +33,11 @@ from rich.table import Table
 
 import prac
 from prac import PRESETS, Bits, Config, Rank
-from prac.cli import parser as command_parser
-from prac.lab import bench, blocks, checkpoints, children, plots, report, results, train
-from prac.lab.command import options as parse_options
+from prac.lab.materials import blocks
+from prac.lab.measured import block as bench
+from prac.lab.report import page, plots, results
+from prac.lab.runs import checkpoints, children, train
+from prac.lab.runs.options import options
 
 HERE = Path(__file__).parent / "results"
 RANKS, RANK_BITS, FULL_BITS = (0.1, 0.3, 0.6), (16, 8, 4), (8, 4, 2)
@@ -85,7 +87,7 @@ def losses(arguments: argparse.Namespace) -> dict[str, dict[int, float]]:
         options = command(name, settings()[name])
         if children.launch(["train", *common, *options, "--seed", str(seed), "--out", str(folder)]):
             raise SystemExit(f"{name} failed; its folder is {folder}")
-        loss: float = report.read_run(folder)["row"]["val_loss"]
+        loss: float = page.read_run(folder)["row"]["val_loss"]
         print(f"{name:26s} seed {seed}: {loss:.4f}", flush=True)
         return loss
 
@@ -101,7 +103,7 @@ def variances(folder: Path) -> dict[str, float]:
 
     checkpoint = checkpoints.newest(folder)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="sdpa")
-    _, data = train.prepare(parse_options(command_parser().parse_args(["train", "--quiet"]), "plain", 0))
+    _, data = train.prepare(options("plain"))
     batches = [train.collate([data.train[i] for i in range(s, s + 16)]) for s in (0, 16)]
     found = {}
     for name, config in settings().items():

@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from prac import files
-from prac.lab import children, plots, report, results
+from prac.lab.report import page, plots, results
+from prac.lab.runs import children
+from prac.runtime import files
 
 HERE = Path(__file__).parent / "results"
 COLOURS = (*plots.PALETTE, "#000000")  # one for each setting
@@ -57,7 +58,7 @@ def main() -> None:
         code = children.launch(["train", *SETTINGS[name], *common, "--out", str(folder)])
         if code:
             raise SystemExit(f"{name} failed (exit code {code}); its folder is {folder}")
-        return report.read_run(folder)
+        return page.read_run(folder)
 
     with ThreadPoolExecutor(arguments.workers) as pool:
         runs = dict(zip(SETTINGS, pool.map(run, SETTINGS), strict=True))

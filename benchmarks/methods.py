@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from prac import files
-from prac.lab import noise, overview, plots, results, table
+from prac.lab.report import noise, overview, plots, results, table
+from prac.runtime import files
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "methods.md"

@@ -12,7 +12,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from prac.lab import plots, results
+from prac.lab.report import plots, results
 
 HERE = Path(__file__).parent
 PLOTS = ("adaptive", "frontier", "paper/table1", "paper/table2", "paper/table4", "paper/tables3_6")

@@ -26,7 +26,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from prac.lab import results
+from prac.lab.report import results
 
 HERE = Path(__file__).resolve().parent
 MODELS = ("llama", "gpt2", "bert", "bart", "t5", "vit", "gemma2", "mixtral")

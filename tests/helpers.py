@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prac.clock import Clock
 from prac.config import Rank
-from prac.subspace import Subspace
+from prac.estimators.clock import Clock
+from prac.estimators.subspace import Subspace
 
 
 def activations(m: int, n: int, *, s: int = 4, tail: float = 0.1, seed: int = 0, dtype=torch.float64) -> Tensor:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import prac
 from prac.config import Bits
+from prac.estimators.rounded import Stored
 from prac.layers import Attention
+from prac.layers.marks import mark, source_of
 from prac.memory import track_kept
 from prac.ops.attention import attention, why_not
-from prac.source import mark, source_of
-from prac.stored import Stored
 
 FULL = Bits(32)
 WHOLE = prac.Config(linear=FULL, norm=FULL, activation=FULL, group=FULL, min_width=1)

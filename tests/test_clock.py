@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import prac
-from prac.clock import Clock
-from prac.subspace import Subspace
+from prac.estimators.clock import Clock
+from prac.estimators.subspace import Subspace
 
 
 def train_step(model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:

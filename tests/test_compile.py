@@ -15,9 +15,9 @@ from transformers import masking_utils
 
 import prac
 from prac import ops
-from prac.loss import ChunkedLoss
+from prac.convert.chunked_loss import ChunkedLoss
+from prac.estimators.rounded import Stored
 from prac.memory import track_kept
-from prac.stored import Stored
 
 PRESETS = ("lean", "paper", "small")
 

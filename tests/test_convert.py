@@ -12,8 +12,8 @@ from models import IDS, LAYERS, PAPER, build, compressed_names
 from torch import nn
 
 import prac
-from prac import tangible
 from prac.layers import Compressed
+from prac.runtime import fake
 
 # --- choosing ------------------------------------------------------------------------------
 
@@ -153,5 +153,5 @@ def test_weights_without_numbers_are_recognised_as_well(family: str, config: str
     real, meta = build(family), build(family).to("meta")
     expected = str(prac.compress(real, chosen).summary())
     assert str(prac.compress(meta, chosen).summary()) == expected
-    with tangible.hollow(build(family)) as (fake,):
-        assert str(prac.compress(fake, chosen).summary()) == expected
+    with fake.faked(build(family)) as (twin,):
+        assert str(prac.compress(twin, chosen).summary()) == expected

@@ -100,8 +100,8 @@ def test_attention_in_few_bits() -> None:
     import torch.nn.functional as F
     from helpers import Steps
 
+    from prac.estimators.rounded import Stored
     from prac.ops.attention import attention, runs_here
-    from prac.stored import Stored
 
     for heads in (8, 2):
         q, k, v = (torch.randn(2, h, 128, 64, device="cuda", dtype=torch.bfloat16) for h in (8, heads, heads))
@@ -120,15 +120,15 @@ def test_attention_in_few_bits() -> None:
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_fused_kernels_make_the_same_codes(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch.compile makes of storing for the GPU, against eager: the same codes and scales, but for rounding."""
-    from prac import fused
     from prac.config import Bits
-    from prac.storage import dither, load, store
+    from prac.estimators.codes import dither, load, store
+    from prac.runtime import kernel
 
     form = Bits(bits)
     x = torch.randn(1024, 1024, device="cuda")
     noise = dither(1024, 1024, form, x.device, torch.Generator("cuda").manual_seed(0))
-    compiled, eager = fused.fused(store)(x, form, noise), store(x, form, noise)
-    assert not fused._broken
+    compiled, eager = kernel.fused(store)(x, form, noise), store(x, form, noise)
+    assert not kernel._broken
     differ = (compiled[0] != eager[0]).float().mean()
     assert differ < 1e-4
     a, b = (load(t[0], tuple(t[1:]), form, 1024, torch.float32) for t in (compiled, eager))
@@ -139,8 +139,8 @@ def test_fused_kernels_make_the_same_codes(bits: int, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("size", ["llama-130m", "llama-350m", "llama-1b"])
 def test_predicted_peaks(size: str, method: str) -> None:
     """Within 5% of the allocator's peak, at micro-batches that leave room on a GPU of 80 GB."""
-    from prac.lab import footprint
-    from prac.lab.peers import checkpoint_blocks
+    from prac.lab.measured import footprint
+    from prac.lab.methods.peers import checkpoint_blocks
     from prac.memory import measure
 
     micro_batch = 64 if size != "llama-1b" else 32
@@ -161,7 +161,7 @@ def test_predicted_peaks(size: str, method: str) -> None:
 
 
 def test_fit_tries_what_it_predicts() -> None:
-    from prac.lab import footprint
+    from prac.lab.measured import footprint
 
     setting = footprint.Setting("llama-130m", 32, 256, "bf16")
     model, _ = footprint.materials(setting)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import prac
 from prac.config import Factors
-from prac.decomposed import Decomposed
+from prac.estimators.factors import Decomposed
 from prac.layers import Compressed
 from prac.memory import track_kept
 from prac.ops import linear

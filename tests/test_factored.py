@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import prac
 from prac import FactoredGradient
 from prac.config import Factors, Rank
+from prac.estimators.subspace import Subspace
 from prac.ops import linear
-from prac.subspace import Subspace
 
 
 def factored(o: int, n: int, r: int, seed: int = 0, transposed: bool = False) -> FactoredGradient:

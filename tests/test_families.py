@@ -238,7 +238,7 @@ def test_nothing_is_kept_outside_training(family: str) -> None:
 def test_without_an_example_sharing_is_found_at_the_first_forward(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with_example, without = build(family), build(family)
     compress(with_example, family)
-    monkeypatch.setattr("prac.convert.example_for", lambda model: None)
+    monkeypatch.setattr("prac.convert.compress.example_for", lambda model: None)
     # Heads and poolers cannot be seen without one: they are left out by name.
     prac.compress(
         without,

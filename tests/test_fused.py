@@ -10,12 +10,12 @@ from helpers import relative
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 
-from prac import fused as module
 from prac.config import Bits
-from prac.fused import fused
+from prac.estimators.codes import dither
 from prac.memory.allocator import allocated
 from prac.ops import kernels
-from prac.storage import dither
+from prac.runtime import kernel as module
+from prac.runtime.kernel import fused
 
 
 @pytest.fixture(autouse=True)

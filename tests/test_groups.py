@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import prac
 from prac.config import Bits, Rank
+from prac.estimators.codes import load
+from prac.estimators.rounded import Stored
+from prac.estimators.subspace import Subspace
 from prac.ops import ACTIVATIONS, Norm, Normed, linear, norm_mlp, normalise
-from prac.storage import load
-from prac.stored import Stored
-from prac.subspace import Subspace
 
 FULL = Bits(32)
 EPS = 1e-5

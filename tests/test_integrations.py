@@ -11,9 +11,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import prac
-from prac import monitor
 from prac.integrations.lightning import PracCallback as LightningCallback
 from prac.integrations.transformers import PracCallback
+from prac.monitoring import monitor
 
 CONFIG = prac.PRESETS["paper"].replace(T1=2, T2=2, min_width=8)
 IDS = torch.randint(97, (48, 24), generator=torch.Generator().manual_seed(5))

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 import prac
-from prac.head import calls
-from prac.underway import UnderWay
+from prac.convert.head import calls
+from prac.runtime.under_way import UnderWay
 
 X = torch.randn(8, N, generator=torch.Generator().manual_seed(1))
 

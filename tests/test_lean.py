@@ -12,7 +12,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import prac
-from prac.lab.peers import checkpoint_blocks
+from prac.lab.methods.peers import checkpoint_blocks
 from prac.memory import track_kept
 
 LEAN = prac.PRESETS["lean"].replace(min_width=8)

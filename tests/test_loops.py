@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import prac
-from prac.lab.peers import checkpoint_blocks
+from prac.lab.methods.peers import checkpoint_blocks
 from prac.layers import Compressed
 from prac.memory import track_kept
 

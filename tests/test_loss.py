@@ -12,7 +12,7 @@ from models import IDS, build
 from torch import Tensor, nn
 
 import prac
-from prac.loss import ChunkedLoss
+from prac.convert.chunked_loss import ChunkedLoss
 from prac.memory.allocator import allocated
 from prac.ops import cross_entropy, linear_cross_entropy
 

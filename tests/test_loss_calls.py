@@ -20,7 +20,7 @@ from test_loss_later import agree, another_loss, scaled_by_a_hook
 from torch import Tensor, nn
 
 import prac
-from prac.loss import ChunkedLoss
+from prac.convert.chunked_loss import ChunkedLoss
 
 # --- what a call is ------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from models import build
 from test_loss import batch, step
 from torch import Tensor, nn
 
-from prac.loss import ChunkedLoss
+from prac.convert.chunked_loss import ChunkedLoss
 
 
 def agree(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import prac
-from prac import tangible
-from prac.lab.footprint import OPTIMIZERS
-from prac.lab.peers import checkpoint_blocks
+from prac.lab.measured.footprint import OPTIMIZERS
+from prac.lab.methods.peers import checkpoint_blocks
 from prac.memory import Breakdown, measure, predict, track_kept
+from prac.runtime import fake
 
 FAMILIES = ("llama", "qwen2", "gemma2", "gpt2", "t5", "vit", "bert")
 METHODS = ("plain", "checkpoint", "selective", "paper", "pac", "rac", "lean", "fast", "small", "finetune")
@@ -134,7 +134,7 @@ def test_as_torch_itself_has_it(method: str) -> None:
     model, _ = prepared("llama", method)
     batch = batch_for("llama")
     found = predict(model, batch)
-    with tangible.hollow(model, batch) as (twin, fakes):
+    with fake.faked(model, batch) as (twin, fakes):
         optimizer = torch.optim.AdamW(twin.parameters(), fused=True)
         for p in twin.parameters():
             p.grad = torch.zeros_like(p)

@@ -10,9 +10,9 @@ from monitored import batches, llama, steps
 from torch import nn
 
 import prac
-from prac import monitor
 from prac.layers import Compressed
-from prac.replay import Call
+from prac.monitoring import monitor
+from prac.monitoring.rerun import Call
 
 
 @pytest.mark.parametrize("preset", ["paper", "lean", "fast", "loract", "co-compression"])

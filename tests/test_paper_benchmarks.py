@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from prac.config import Rank
-from prac.lab import results
-from prac.reading import LayerStats, Reading
+from prac.lab.report import results
+from prac.monitoring.readings import LayerStats, Reading
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "paper"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("claims", "common"))
@@ -58,7 +58,7 @@ def test_a_failed_run_is_left_out_and_the_rest_comes_through(load, monkeypatch, 
     common = load("common")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(common.children, "launch", lambda argv, threads: int("bad" in argv))
-    monkeypatch.setattr(common.report, "read_run", lambda folder: {"row": {"val_loss": 1.0}, "folder": folder})
+    monkeypatch.setattr(common.page, "read_run", lambda folder: {"row": {"val_loss": 1.0}, "folder": folder})
     found = common.train({"a-seed0": ["bad"], "b-seed0": ["good"], "b-seed1": ["good"]}, tmp_path, 2)
     assert list(found) == ["b-seed0", "b-seed1"]
     assert "a-seed0 failed and is left out" in capsys.readouterr().err

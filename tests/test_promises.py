@@ -14,7 +14,7 @@ from models import BATCH, FeedForward, N, build
 from torch import Tensor, nn
 
 import prac
-from prac.tangible import is_hollow
+from prac.runtime.fake import is_fake
 
 FULL = prac.Bits(32)
 EXACT = prac.Config(linear=FULL, norm=FULL, activation=FULL, group=FULL, min_width=1)
@@ -186,7 +186,7 @@ class Counted(nn.Module):
     calls = 0
 
     def forward(self, w: Tensor) -> Tensor:
-        if not is_hollow(w):
+        if not is_fake(w):
             Counted.calls += 1
         return 2 * w
 

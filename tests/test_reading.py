@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from prac.reading import LayerStats, Reading
+from prac.monitoring.readings import LayerStats, Reading
 
 
 def reading_of(step, *layers):

@@ -8,7 +8,7 @@ import matplotlib
 import pytest
 from pictures import overprints
 
-from prac.lab import plots, results
+from prac.lab.report import plots, results
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 PLOTS = ("adaptive", "frontier", "paper/table1", "paper/table2", "paper/table4", "paper/tables3_6")

@@ -8,8 +8,8 @@ from helpers import Steps, assert_mean, odd_shapes
 from torch import Tensor
 
 from prac.config import Bits
-from prac.storage import bytes_per_token, dither, layout, load, store
-from prac.stored import Stored
+from prac.estimators.codes import bytes_per_token, dither, layout, load, store
+from prac.estimators.rounded import Stored
 
 every_width = pytest.mark.parametrize("bits", [2, 4, 8])
 

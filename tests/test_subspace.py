@@ -8,10 +8,10 @@ import pytest
 import torch
 from helpers import Steps, activations, assert_mean, captured, pairs, subspace
 
-import prac.bases as module
-from prac.bases import gram_matrix, principal_basis, random_complement
+import prac.estimators.bases as module
 from prac.config import Rank
-from prac.subspace import Subspace
+from prac.estimators.bases import gram_matrix, principal_basis, random_complement
+from prac.estimators.subspace import Subspace
 
 
 @pytest.mark.parametrize(("m", "n", "r"), [(101, 37, 9), (12, 37, 12), (64, 5, 5), (7, 7, 1)])

@@ -11,12 +11,12 @@ from helpers import Steps, activations
 from torch import Tensor
 
 from prac.allocation.calibration import Half, Measured
-from prac.allocation.options import Choices
+from prac.allocation.choices import Choices
 from prac.allocation.variance import best_split, of_rank, of_rounding, tails
-from prac.bases import principal_basis, random_complement
 from prac.config import Bits, Rank
-from prac.stored import Stored
-from prac.subspace import Subspace
+from prac.estimators.bases import principal_basis, random_complement
+from prac.estimators.rounded import Stored
+from prac.estimators.subspace import Subspace
 
 SHAPES = [(37, 19), (41, 23), (29, 17)]
 

@@ -10,7 +10,7 @@ import torch
 from models import VOCAB, build
 from torch import Tensor, nn
 
-from prac.lab.peers import checkpoint_blocks
+from prac.lab.methods.peers import checkpoint_blocks
 
 SEVERAL = ("DDP", "FSDP2")  # wrappers that need processes
 STEPS, LR = 3, 0.1
@@ -147,7 +147,7 @@ def accelerate_loop(model: nn.Module, batch: dict[str, Tensor], cell: Cell) -> R
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
 
-    from prac.lab.trainer import shard_on_cpu
+    from prac.lab.runs.trainer import shard_on_cpu
 
     AcceleratorState._reset_state()  # they keep the settings of the first one
     GradientState._reset_state()
@@ -178,7 +178,7 @@ def accelerate_loop(model: nn.Module, batch: dict[str, Tensor], cell: Cell) -> R
 def trainer_loop(model: nn.Module, batch: dict[str, Tensor], cell: Cell) -> Ran:
     from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
-    from prac.lab.trainer import LabTrainer
+    from prac.lab.runs.trainer import LabTrainer
 
     count = len(batch["labels"])
     per_device = len(share(batch)["labels"]) // (2 if cell.wrapper == "accumulation" else 1)

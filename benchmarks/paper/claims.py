@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from prac.lab import results
+from prac.lab.report import results
 
 CONFIRMED, NOT_CONFIRMED, WITHIN, MISSING = "confirmed", "not confirmed", "within the spread", "not measured"
 

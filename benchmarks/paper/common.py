@@ -22,8 +22,14 @@ from matplotlib.figure import Figure
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from prac import files
-from prac.lab import children, models, plots, report, results
+from prac.lab.commands import main
+from prac.lab.commands import train as command
+from prac.lab.materials import models
+from prac.lab.report import page, plots, results
+from prac.lab.report.table import spread
+from prac.lab.runs import children
+from prac.lab.runs.options import Options
+from prac.runtime import files
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "paper"
 COLOURS = (*plots.PALETTE, "#1b1f24")
@@ -106,6 +112,12 @@ def jobs(arguments: argparse.Namespace, settings: Jobs) -> dict[str, list[str]]:
     }
 
 
+def options_of(argv: Sequence[str], method: str = "plain") -> Options:
+    """The options of a run of `prac train` with these arguments."""
+    given = main.parser().parse_args(["train", *argv])
+    return command.options_of(given, method, given.seed[0])
+
+
 def place(arguments: argparse.Namespace) -> Path:
     """The folder of the runs of one model, number of steps and batch size."""
     return Path(arguments.runs) / f"{Path(arguments.model).name}-{arguments.steps}x{arguments.batch_size}"
@@ -122,7 +134,7 @@ def train(wanted: Jobs, folder: Path, workers: int) -> dict[str, Run]:
     def one(name: str) -> Run | None:
         where = ["--out", str(folder / name), "--resume", "--quiet"]
         code = children.launch(["train", "--save-every", "0", *wanted[name], *where], threads)
-        return report.read_run(folder / name) if code == 0 else None
+        return page.read_run(folder / name) if code == 0 else None
 
     found: dict[str, Run] = {}
     with ThreadPoolExecutor(workers) as pool:
@@ -182,10 +194,7 @@ def by_seed(rows: Iterable[results.Row], key: str = "val_loss") -> dict[str, dic
 def plus_minus(values: Iterable[float], digits: int = 3) -> str:
     """Mean ± sample standard deviation."""
     values = list(values)
-    if not values:
-        return "–"
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}"
+    return spread(values, f".{digits}f") if values else "–"
 
 
 # --- what comes out --------------------------------------------------------------------------

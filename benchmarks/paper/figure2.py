@@ -25,9 +25,10 @@ from claims import Claim, Gap
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from prac import files
-from prac.cli import parser as command_parser
-from prac.lab import children, command, measure, results
+from prac.lab.measured import training
+from prac.lab.report import results
+from prac.lab.runs import children
+from prac.runtime import files
 
 SHARES = (0.0, 0.02, 0.1, 0.3, 1.0)  # of the steps
 LEVELS = (0.9, 0.95, 0.99)
@@ -40,11 +41,10 @@ def points(steps: int) -> list[int]:
 
 def one(options: list[str], folder: Path) -> list[dict[str, Any]]:
     """Train, unless that is done, and return the spectra."""
-    from prac.lab import train
+    from prac.lab.runs import train
 
     path = folder / "spectra.json"
-    given = command_parser().parse_args(["train", *options, "--save-every", "0", "--quiet"])
-    wanted = command.options(given, "plain", given.seed[0])
+    wanted = common.options_of([*options, "--save-every", "0"])
     if (folder / "result.json").exists() and path.exists():
         train.run(wanted, folder, resume=True)  # which refuses the run if it is of other options
     else:
@@ -68,7 +68,7 @@ def recorder(path: Path, batch: dict[str, Any]) -> Any:
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
             if state.global_step in points(state.max_steps):
                 inputs = {name: tensor.to(args.device) for name, tensor in batch.items()}
-                found = measure.spectrum(model, measure.middle_linear(model), inputs)
+                found = training.spectrum(model, training.middle_linear(model), inputs)
                 rows.append({"step": state.global_step} | found)
                 files.write_json(path, rows)
 

@@ -25,9 +25,8 @@ import torch
 from claims import Claim, Gap
 from matplotlib.figure import Figure
 
-from prac.cli import parser as command_parser
-from prac.lab import command, models
-from prac.lab.results import t95
+from prac.lab.materials import models
+from prac.lab.report.results import t95
 
 SIZES = ["llama-32x2", "llama-64x2", "llama-96x3", "llama-128x4"]
 METHODS = ["plain", "paper", "lean"]
@@ -66,9 +65,9 @@ def fit(sizes: Sequence[float], losses: Sequence[float]) -> PowerLaw:
 
 def parameters(size: str, more: list[str]) -> tuple[int, int]:
     """How many a size has, and tokens in a block."""
-    from prac.lab import train
+    from prac.lab.runs import train
 
-    options = command.options(command_parser().parse_args(["train", "--model", size, *more]), "plain", 0)
+    options = common.options_of(["--model", size, *more])
     tokenizer, _ = train.prepare(options)
     with torch.device("meta"):
         model = models.build(size, tokenizer, options.seq_len)

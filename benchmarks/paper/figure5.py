@@ -14,7 +14,7 @@ import common
 from claims import Claim, Gap, below
 
 from prac.config import Rank
-from prac.lab import results
+from prac.lab.report import results
 from prac.presets import PRESETS
 
 KINDS = ("linear", "norm", "activation")

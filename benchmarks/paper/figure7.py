@@ -16,7 +16,7 @@ from claims import Gap, below
 from matplotlib.figure import Figure
 
 from prac.config import Rank
-from prac.lab import results
+from prac.lab.report import results
 from prac.presets import PRESETS
 
 FACTORS = (0.2, 0.5, 1.2)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import common
 
-from prac import files
-from prac.lab import results
+from prac.lab.report import results
+from prac.runtime import files
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"

@@ -2,8 +2,8 @@
 
     python benchmarks/paper/table1.py                  # trains three models, then draws; goes on where it stopped
 
-Many subspaces of the same total rank are drawn for one activation X and its gradient, each by `prac.subspace.Subspace`
-as in training. Of X̃, and of the weight's gradient dYᵀX̃ that it gives:
+Many subspaces of the same total rank are drawn for one activation X and its gradient, each by
+`prac.estimators.subspace.Subspace` as in training. Of X̃, and of the weight's gradient dYᵀX̃ that it gives:
 
 - bias: ‖E X̃ − X‖ / ‖X‖. Its square is estimated without bias from the inner products of the errors of different
   draws, with the jackknife's 95% interval. "Unbiased" is taken as: less than half of PAC's.
@@ -26,12 +26,13 @@ from matplotlib.figure import Figure
 from rich.progress import track
 from torch import Tensor, nn
 
-from prac.cli import parser as command_parser
-from prac.clock import Clock
 from prac.config import Rank
-from prac.lab import checkpoints, command, measure, results
-from prac.lab.results import t95
-from prac.subspace import Subspace
+from prac.estimators.clock import Clock
+from prac.estimators.subspace import Subspace
+from prac.lab.measured import training
+from prac.lab.report import results
+from prac.lab.report.results import t95
+from prac.lab.runs import checkpoints
 
 METHODS = ("PAC", "RAC", "PRAC")
 GROUPS = 20  # of draws, for the jackknife
@@ -46,15 +47,15 @@ def activation(folder: Path, options: list[str], layer: str | None) -> tuple[str
     """The layer's name, its input X and its output's gradient dY, tokens × features, of a batch of validation text."""
     from transformers import AutoModelForCausalLM
 
-    from prac.lab import train
+    from prac.lab.runs import train
 
     checkpoint = checkpoints.newest(folder)
     if checkpoint is None:
         raise SystemExit(f"{folder} has no checkpoint: delete the folder and run this again.")
     model = AutoModelForCausalLM.from_pretrained(checkpoint).train()
-    _, blocks = train.prepare(command.options(command_parser().parse_args(["train", *options]), "plain", 0))
+    _, blocks = train.prepare(common.options_of(options))
     batch = train.collate([blocks.validation[i] for i in range(min(len(blocks.validation), 16))])
-    name = layer or measure.middle_linear(model)
+    name = layer or training.middle_linear(model)
     caught: dict[str, Tensor] = {}
 
     def catch(module: nn.Module, inputs: Any, output: Tensor) -> None:

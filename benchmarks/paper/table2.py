@@ -26,7 +26,7 @@ from rich.console import Group
 from rich.progress import track
 from rich.table import Table
 
-from prac.lab import footprint
+from prac.lab.measured import footprint
 
 # Micro-batch, tokens of a sequence, dtype.
 MODELS = {

@@ -27,9 +27,10 @@ from rich.progress import track
 from torch import nn
 
 import prac
-from prac.handle import Handle
-from prac.lab import meters, models
-from prac.lab.blocks import DTYPES
+from prac.convert.handle import Handle
+from prac.lab.materials import models
+from prac.lab.materials.blocks import DTYPES
+from prac.lab.measured import meters
 from prac.memory import measure
 
 REFRESHES = 3

@@ -20,7 +20,7 @@ from claims import Claim, Gap
 from matplotlib.figure import Figure
 
 import prac
-from prac.lab import blocks, models
+from prac.lab.materials import blocks, models
 from prac.memory import track_kept
 from prac.presets import PRESETS
 

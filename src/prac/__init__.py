@@ -9,13 +9,13 @@ print(handle.summary())
 from prac import optim
 from prac.allocation import Allocation, allocate
 from prac.config import Bits, Config, Factors, Rank
-from prac.convert import compress
-from prac.factored import FactoredGradient
-from prac.handle import Handle
-from prac.loss import ChunkedLoss
+from prac.convert.calibrate import calibrate
+from prac.convert.chunked_loss import ChunkedLoss
+from prac.convert.compress import compress
+from prac.convert.handle import Handle
 from prac.memory import Breakdown, fit, measure, predict
-from prac.monitor import Monitor
-from prac.oneshot import calibrate
+from prac.monitoring.monitor import Monitor
+from prac.optim.factored import FactoredGradient
 from prac.presets import PRESETS
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 import sys
 
-from prac.cli import main
+from prac.lab.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

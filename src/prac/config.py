@@ -17,7 +17,7 @@ Kind = Literal["linear", "norm", "activation", "attention"]
 
 @dataclass(frozen=True)
 class Bits:
-    """Keep every direction, in few bits: see :mod:`prac.storage`.
+    """Keep every direction, in few bits: see :mod:`prac.estimators.codes`.
 
     Rounding is to the nearest code where a nonlinearity follows, and unbiased where the use is
     linear; that is the layer's to know and no setting.
@@ -111,8 +111,8 @@ def _count(value: float | int, width: int) -> int:
 class Factors:
     """Keep two factors of a low-rank approximation that is made anew in every forward pass, as LoRAct does.
 
-    See :mod:`prac.decomposed`. No basis is carried from step to step, and nothing has to be refreshed; the price is a
-    decomposition each time, and a bias: what is outside the rank is gone.
+    See :mod:`prac.estimators.factors`. No basis is carried from step to step, and nothing has to be refreshed; the
+    price is a decomposition each time, and a bias: what is outside the rank is gone.
 
     Args:
         rank: a float is a fraction of the width (the compression ratio r), an int a number of directions.

@@ -8,8 +8,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import prac
-from prac.cli import main
-from prac.lab import bench, bench_command, blocks, meters, peers
+from prac.lab.commands import bench as bench_command
+from prac.lab.commands.main import main
+from prac.lab.materials import blocks
+from prac.lab.measured import block as bench
+from prac.lab.measured import meters
+from prac.lab.methods import peers
 
 METHODS = ("plain", "checkpoint", "selective", "compile", "paper")
 M, S, n, heads = 256, 64, 64, 2

@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback, TrainerState
 
-from prac import saving
-from prac.lab import checkpoints, results, train, weights
-from prac.lab.callbacks import Metrics
-from prac.lab.options import Options
+from prac.convert import state as saved_state
+from prac.lab.materials import weights
+from prac.lab.report import results
+from prac.lab.runs import checkpoints, train
+from prac.lab.runs.callbacks import Metrics
+from prac.lab.runs.options import Options
 from prac.presets import PRESETS
 
 
@@ -119,7 +121,7 @@ def test_nothing_is_unpickled(tmp_path):
 
     torch.save({"handle": Evil()}, tmp_path / "prac.pt")
     with pytest.raises(ValueError, match=r"prac\.pt is damaged"):
-        saving.load(tmp_path)
+        saved_state.load(tmp_path)
     assert not (tmp_path / "evil").exists()
 
 

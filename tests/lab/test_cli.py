@@ -10,11 +10,17 @@ import sys
 import pytest
 
 import prac
-from prac import files
-from prac.cli import main
 from prac.config import Rank
-from prac.lab import command, layers_command, models, results, streams, train
+from prac.lab.commands import layers as layers_command
+from prac.lab.commands import streams
+from prac.lab.commands import train as command
+from prac.lab.commands.main import main
+from prac.lab.materials import models
+from prac.lab.report import results
+from prac.lab.runs import train
+from prac.lab.runs.options import options
 from prac.presets import PRESETS
+from prac.runtime import files
 
 
 @pytest.fixture
@@ -73,13 +79,13 @@ def test_a_missing_extra_says_what_to_install(monkeypatch, capsys, tmp_path):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys; from prac.cli import parser; parser(); print(*sys.modules)"
+    code = "import sys; from prac.lab.commands.main import parser; parser(); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert {"transformers", "datasets", "matplotlib", "rich", "jinja2"}.isdisjoint(loaded)
 
 
 def parse(*argv):
-    from prac.cli import parser
+    from prac.lab.commands.main import parser
 
     return parser().parse_args(["train", *argv])
 
@@ -89,21 +95,21 @@ def test_every_knob_reaches_the_config():
         "--linear", "64,0.2,1.5", "--norm", "none", "--T1", "7", "--T2", "9",
         "--growth", "0.25", "--config-seed", "5", "--min-width", "99",
     )  # fmt: skip
-    config = command.config(arguments, "paper", seed=3)
+    config = command.options_of(arguments, "paper", seed=3).config
     assert config == PRESETS["paper"].replace(
         linear=Rank(64, 0.2, 1.5), norm=None, T1=7, T2=9, growth=0.25, seed=5, min_width=99
     )
-    assert command.config(arguments, "plain", seed=3) is None
+    assert command.options_of(arguments, "plain", seed=3).config is None
 
 
 def test_defaults_are_those_of_the_method_and_the_model():
-    config = command.config(parse(), "rac", seed=3)
+    config = options("rac", seed=3).config
     tiny = models.SIZES["llama-tiny"].recipe
     assert config == PRESETS["rac"].replace(T1=tiny.interval, T2=tiny.interval, growth=tiny.growth, seed=3)
-    options = command.options(parse("--model", "llama-130m"), "paper", seed=0)
-    assert (options.steps, options.batch_size, options.grad_accum, options.seq_len) == (20_000, 128, 4, 256)
-    assert (options.warmup_steps, options.config.T1, options.tokenizer) == (2_000, 500, "bpe:4096")
-    tuned = command.options(parse("--model", "some/model"), "finetune", seed=0)
+    large = options("paper", model="llama-130m")
+    assert (large.steps, large.batch_size, large.grad_accum, large.seq_len) == (20_000, 128, 4, 256)
+    assert (large.warmup_steps, large.config.T1, large.tokenizer) == (2_000, 500, "bpe:4096")
+    tuned = options("finetune", model="some/model")
     assert (tuned.tokenizer, tuned.config.T1) == ("some/model", 200)
 
 
@@ -250,7 +256,7 @@ def test_a_cache_that_was_cut_off_is_named(error, monkeypatch, corpus_file, tmp_
         path.write_bytes(content[: len(content) // 2])
         entry = tmp_path / "cache" / path.relative_to(tmp_path / "cache").parts[0]
         with pytest.raises(ValueError, match=f"{entry.name} in the cache is cut off or damaged .*delete it"):
-            train.prepare(command.options(parse(*given), "plain", 0))
+            train.prepare(command.options_of(parse(*given), "plain", 0))
         path.write_bytes(content)
 
 

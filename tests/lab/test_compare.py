@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from prac.cli import main
-from prac.lab import children, overview, report, results, table, turns
-from prac.lab.callbacks import Metrics
+from prac.lab.commands.main import main
+from prac.lab.report import overview, results, table
+from prac.lab.runs import children, turns
+from prac.lab.runs.callbacks import Metrics
 
 METHODS = ("plain", "checkpoint", "galore", "lean")
 
@@ -55,7 +56,7 @@ def test_the_page_answers_first(compared):
     assert page.count("<svg") == 4  # frontier, differences, losses, kept
     assert "prac compare" in page and all(method in page for method in METHODS)
     assert not re.search(r"(src|href)=\"http", page)
-    answers = dict(report.answers(results.against_plain(json.loads((out / "rows.json").read_text())["rows"])))
+    answers = dict(page.answers(results.against_plain(json.loads((out / "rows.json").read_text())["rows"])))
     assert answers["Least memory at all"].split(":")[0] in METHODS
 
 

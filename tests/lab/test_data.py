@@ -7,7 +7,7 @@ import lzma
 import pytest
 from datasets import Dataset
 
-from prac.lab import data, tables
+from prac.lab.materials import data, tables
 
 
 def test_a_missing_file_is_one_clear_error(tmp_path):

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prac.lab import checkpoints, results, train
-from prac.lab.options import Options
+from prac.lab.report import results
+from prac.lab.runs import checkpoints, train
+from prac.lab.runs.options import Options
 from prac.presets import PRESETS
 
 STEPS = 30
@@ -30,7 +31,9 @@ def _work(options, out, compiled):
 @pytest.fixture(scope="module")
 def context():
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["prac.lab.train", "prac.lab.models", "transformers.models.llama.modeling_llama"])
+    found.set_forkserver_preload(
+        ["prac.lab.runs.train", "prac.lab.materials.models", "transformers.models.llama.modeling_llama"]
+    )
     return found
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from prac.cli import main
-from prac.lab import footprint, models
+from prac.lab.commands.main import main
+from prac.lab.materials import models
+from prac.lab.measured import footprint
 from prac.memory import predict
 
 SMALL = ["memory", "--model", "llama-tiny", "--micro-batch", "8", "--seq-len", "64"]

@@ -8,8 +8,12 @@ import torch
 from torch import nn
 
 import prac
-from prac.lab import blocks, command, methods, models, optimizers, peers, train
-from prac.lab.options import Options
+from prac.lab import methods
+from prac.lab.materials import blocks, models
+from prac.lab.methods import optimizers, peers
+from prac.lab.runs import train
+from prac.lab.runs.options import Options
+from prac.lab.runs.options import options as recipe_options
 from prac.memory import track_kept
 
 STEPS = 5
@@ -109,10 +113,9 @@ def test_optimizers_resume(name, options, tmp_path):
 
 def test_recipes_reach_the_bases_that_they_are_for():
     """A short run's interval is for every method's; what is made once or at every step stays so."""
-    from prac.cli import parser
 
     def config(method):
-        return command.config(parser().parse_args(["train", "--method", method]), method, seed=0)
+        return recipe_options(method).config
 
     tiny = models.recipe("llama-tiny")
     assert (config("paper").T1, config("paper").growth) == (tiny.interval, tiny.growth)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from prac.lab import data, models, tokens
+from prac.lab.materials import data, models, tokens
 
 
 class Vocabulary:

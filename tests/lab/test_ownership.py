@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from prac.cli import main
-from prac.lab import ownership, run_folder
-from prac.lab.options import Options
+from prac.lab.commands.main import main
+from prac.lab.runs import ownership, run_folder
+from prac.lab.runs.options import Options
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_folders_that_look_alike_are_apart(place):
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from prac.lab import ownership
+from prac.lab.runs import ownership
 with ownership.held(Path(sys.argv[1])):
     if os.fork() == 0:  # as a worker that loads data, it inherits what is open
         time.sleep(60)

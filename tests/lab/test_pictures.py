@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from pictures import overprints
 from recorded import folder, measured
 
-from prac.lab import labels, overview, plots, report, results
-from prac.reading import LayerStats, Reading
+from prac.lab.report import labels, overview, page, plots, results
+from prac.monitoring.readings import LayerStats, Reading
 
 COMPARED = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "compare.json"
 NAMES = [
@@ -39,7 +39,7 @@ def runs(tmp_path, names, seeds=(0,), scatter=0.03):
     """Runs whose methods end close together."""
     draw = random.Random(0)
     rows = [measured(name, seed, 5.3 + scatter * draw.random()) for name in names for seed in seeds]
-    return [report.read_run(folder(tmp_path, row)) for row in rows]
+    return [page.read_run(folder(tmp_path, row)) for row in rows]
 
 
 def crowd(names, seed, spread):

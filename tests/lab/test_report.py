@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from recorded import folder, measured
 
-from prac.lab import noise, overview, report, results, table
+from prac.lab.report import noise, overview, results, table
+from prac.lab.report.page import render
 
 COMPARED = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "compare.json"
 
@@ -16,28 +17,28 @@ COMPARED = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "com
 def page(tmp_path):
     """The page of these rows."""
 
-    def render(rows):
-        return report.render([folder(tmp_path, row) for row in rows], ["train"])
+    def rendered(rows):
+        return render([folder(tmp_path, row) for row in rows], ["train"])
 
-    return render
+    return rendered
 
 
 def test_the_noise_of_one_seed_is_that_of_the_committed_benchmark():
     grouped = results.by_method(results.read(COMPARED)["rows"])
-    gaps = {method: table.above(grouped[method], grouped["plain"]) for method in noise.PRESETS}
+    gaps = {method: table.above(grouped[method], grouped["plain"]) for method in statistics.PRESETS}
     assert all(len(each) == 3 for each in gaps.values())
     squares = statistics.fmean(statistics.variance(each) for each in gaps.values())
-    assert pytest.approx(squares**0.5, abs=5e-4) == noise.ONE_SEED
+    assert pytest.approx(squares**0.5, abs=5e-4) == statistics.ONE_SEED
     run = grouped["plain"][0]
-    assert f"{run['steps']} steps of {run['tokens'] // run['steps']:,} tokens" in noise.MEASURED_ON
-    assert COMPARED.parts[-3:] == Path(noise.MEASURED_BY).parts
+    assert f"{run['steps']} steps of {run['tokens'] // run['steps']:,} tokens" in statistics.MEASURED_ON
+    assert COMPARED.parts[-3:] == Path(statistics.MEASURED_BY).parts
 
 
 def test_a_difference_has_its_own_spread_or_one_that_is_said_to_be_borrowed():
     assert noise.difference([0.02, 0.04]) == "+0.030 ± 0.014"
     assert noise.difference([-0.02]) == "−0.020 (± 0.016)"
     assert noise.difference([-0.0001]) == "+0.000 (± 0.016)"
-    assert noise.deviation([0.1]) == noise.ONE_SEED and noise.deviation([0.1, 0.1]) == 0
+    assert noise.deviation([0.1]) == statistics.ONE_SEED and noise.deviation([0.1, 0.1]) == 0
 
 
 ONE = [measured("plain", 0, 5.309), measured("lean", 0, 5.336), measured("paper", 0, 5.303)]
@@ -48,7 +49,7 @@ def test_one_seed_is_shown_with_the_noise_of_three(page):
     text = page(ONE)
     assert "+0.027 (±\u00a00.016)" in text and "−0.006 (±\u00a00.016)" in text
     assert text.count("validation loss of one seed; under about 0.03 is noise") == 2
-    assert noise.remark() in report.table.reference(ONE) and "three seeds of llama-tiny" in text
+    assert noise.remark() in table.reference(ONE) and "three seeds of llama-tiny" in text
     # No difference of losses stands alone, in a card, a cell or a sentence.
     for found in re.finditer(r"[+−]0\.0\d\d", text):
         assert re.match(r"(</b>validation loss of one seed| \(±)", text[found.end() :]), text[found.start() :][:60]

@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prac.lab import models, results, tokens, train
-from prac.lab.data import held_out
-from prac.lab.options import Options
+from prac.lab.materials import models, tokens
+from prac.lab.materials.data import held_out
+from prac.lab.report import results
+from prac.lab.runs import train
+from prac.lab.runs.options import Options
 from prac.presets import PRESETS
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from prac.lab import data, tokens
+from prac.lab.materials import data, tokens
 
 
 @pytest.fixture

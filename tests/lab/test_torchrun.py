@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prac import monitor
-from prac.lab import results
+from prac.lab.report import results
+from prac.monitoring import monitor
 
 COMMON = ["--model", "llama-tiny", "--tokenizer", "bpe:300", "--batch-size", "8", "--seq-len", "32", "--steps", "6",
           "--save-every", "3", "--T1", "3", "--T2", "3", "--method", "paper", "--quiet"]  # fmt: skip
@@ -61,7 +61,7 @@ PARTING = """
 import os, socket, sys
 import torch
 from accelerate import PartialState
-from prac.lab.trainer import leave_processes
+from prac.lab.runs.trainer import leave_processes
 
 def work():
     PartialState(cpu=True)
@@ -97,7 +97,7 @@ def test_processes_part_before_python_comes_down():
 
 
 def test_sharding_needs_processes(corpus_file, tmp_path, capsys):
-    from prac.cli import main
+    from prac.lab.commands.main import main
 
     assert main(["train", *COMMON, "--data", str(corpus_file), "--out", str(tmp_path / "run"), "--fsdp"]) == 2
     assert "start it as torchrun" in capsys.readouterr().err

@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerState
 
 import prac
-from prac import monitor
-from prac.cli import main
-from prac.lab import callbacks, models, report, results, train
-from prac.lab.options import Options
+from prac.lab.commands.main import main
+from prac.lab.materials import models
+from prac.lab.report import page, results
+from prac.lab.runs import callbacks, train
+from prac.lab.runs.options import Options
+from prac.monitoring import monitor
 from prac.presets import PRESETS
 
 STEPS = 12
@@ -260,22 +262,22 @@ def test_options_that_cannot_be(options, changes):
 
 
 def test_the_report_stands_alone(runs):
-    page = report.render([runs[method][0] for method in ("plain", "paper")], ["train", "--method", "plain", "paper"])
+    text = page.render([runs[method][0] for method in ("plain", "paper")], ["train", "--method", "plain", "paper"])
     plain, paper = (runs[method][1] for method in ("plain", "paper"))
-    assert f"{plain['kept_bytes'] / paper['kept_bytes']:.2f}×" in page
-    assert f"{paper['val_loss']:.3f}" in page
-    assert f"{plain['unigram_entropy']:.3f}" in page
-    assert "prac train --method plain paper" in page
+    assert f"{plain['kept_bytes'] / paper['kept_bytes']:.2f}×" in text
+    assert f"{paper['val_loss']:.3f}" in text
+    assert f"{plain['unigram_entropy']:.3f}" in text
+    assert "prac train --method plain paper" in text
     assert page.count("<svg") == 4
-    assert "What paper loses, layer by layer" in page
+    assert "What paper loses, layer by layer" in text
     for outside in ("<script", "<img", "<link", "@import", "url(http", 'src="http'):
-        assert outside not in page
+        assert outside not in text
 
 
 def test_the_report_of_one_run_says_what_it_measured(runs):
-    page = report.render([runs["plain"][0]], ["train"])
-    assert f"{runs['plain'][1]['val_loss']:.3f}" in page
-    assert "against plain" not in page
+    text = page.render([runs["plain"][0]], ["train"])
+    assert f"{runs['plain'][1]['val_loss']:.3f}" in text
+    assert "against plain" not in text
 
 
 def test_options_survive_json(options):

@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from prac.allocation.calibration import GROUP, calibrate
-from prac.allocation.options import Choices
+from prac.allocation.choices import Choices
 from prac.allocation.waterfill import Choice, fill
 from prac.config import Bits, Config, Factors, Rank
-from prac.conversion import Filter
-from prac.convert import compress
-from prac.estimator import Estimator
-from prac.example import example_for
+from prac.convert.compress import compress
+from prac.convert.conversion import Filter
+from prac.convert.example import example_for
+from prac.estimators.base import Estimator
+from prac.estimators.rounded import Stored
+from prac.estimators.subspace import Subspace
 from prac.layers import Compressed
 from prac.presets import as_config
-from prac.stored import Stored
-from prac.structure import Example
-from prac.subspace import Subspace
-from prac.summary import aligned
+from prac.runtime.running import Example
+from prac.runtime.text import aligned
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,9 @@ def allocate(
     Up for choice are the x̂ of norm groups and of other norms that linear layers read (these in bits only), and the
     inputs that linear layers keep of their own. What a nonlinearity follows (g and u of an MLP, q and k) has no such
     formula and stays as ``config`` has it, and so do norms with ``group=None``. Left out is the noise in a norm's own
-    gradients, which for x̂ is small (:mod:`prac.ops.normed`), and that a basis ages between refreshes; on tokens that it
-    was not made from, and ``held_out`` is about these, a rank of a small model was seen to lose several times as much.
-    Activations at initialisation say little about training: calibrate after some steps.
+    gradients, which for x̂ is small (:mod:`prac.ops.shared_norm`), and that a basis ages between refreshes; on tokens
+    that it was not made from, and ``held_out`` is about these, a rank of a small model was seen to lose several times
+    as much. Activations at initialisation say little about training: calibrate after some steps.
 
     Args:
         model: as for :func:`prac.compress`, not compressed yet.

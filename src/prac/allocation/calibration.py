@@ -14,17 +14,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prac import fused
-from prac.bases import gram_matrix
-from prac.clock import Clock
 from prac.config import Rank
-from prac.estimator import Estimator, Kept, Tensors
-from prac.handle import Handle
+from prac.convert.handle import Handle
+from prac.estimators.base import Estimator, Kept, Tensors
+from prac.estimators.bases import gram_matrix
+from prac.estimators.clock import Clock
+from prac.estimators.rounded import Stored
+from prac.estimators.subspace import Subspace
 from prac.layers import Compressed, SharedNorm
-from prac.memory.parts import loss_of
-from prac.stored import Stored
-from prac.structure import Example, call, in_mode
-from prac.subspace import Subspace
+from prac.runtime import kernel
+from prac.runtime.running import Example, call, in_mode, loss_of
 
 # Put in for the rank of norm groups, and found again by its identity: how a tensor is known to be such a group's.
 GROUP = Rank(1, 1)
@@ -175,7 +174,7 @@ def calibrate(
             in_mode(model, training=True),
             torch.enable_grad(),
             torch.random.fork_rng([device] if device.type == "cuda" else []),
-            fused.run_by(_as_written),
+            kernel.run_by(_as_written),
         ):
             with cast:
                 value = loss_of(call(model, batch), loss)

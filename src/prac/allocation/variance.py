@@ -18,7 +18,7 @@ three quantities are sums over j > r1. So XᵀX and DᵀD give the variance of e
 may also be that of other tokens than D is of, as it is for a basis that is kept for some steps.
 
 **From rounding** without bias a value between two codes that are a step s apart has the variance ``s² f (1 − f)``, f
-being where it lies between them: s²/6 on average. Roundings are uncorrelated (:func:`prac.storage.dither`), so
+being where it lies between them: s²/6 on average. Roundings are uncorrelated (:func:`prac.estimators.codes.dither`), so
 
     E‖off‖² = Σ_m ‖dy_m‖² Σ_j γ_j² s_mj² f_mj (1 − f_mj)
 """
@@ -31,9 +31,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prac.bases import TOKENS_PER_SLICE
 from prac.config import Bits
-from prac.storage import layout, store
+from prac.estimators.bases import TOKENS_PER_SLICE
+from prac.estimators.codes import layout, store
 
 
 class Tails(NamedTuple):

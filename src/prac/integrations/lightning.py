@@ -10,14 +10,14 @@ try:
 except ModuleNotFoundError:
     from pytorch_lightning import Callback
 
-from prac import saving
-from prac.estimator import process
-from prac.monitor import Monitor
+from prac.convert import state as saved_state
+from prac.monitoring.monitor import Monitor
+from prac.runtime.processes import process
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-    from prac.handle import Handle
+    from prac.convert.handle import Handle
 
 
 class PracCallback(Callback):
@@ -59,5 +59,5 @@ class PracCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it up."""
-        state = state_dict if process() == 0 else saving.renewed(state_dict)
+        state = state_dict if process() == 0 else saved_state.renewed(state_dict)
         self.monitor.handle.load_state_dict(state)

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from prac.monitor import Monitor
-from prac.warn import warn
+from prac.monitoring.monitor import Monitor
+from prac.runtime.warn import warn
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-    from prac.handle import Handle
-    from prac.reading import Reading
+    from prac.convert.handle import Handle
+    from prac.monitoring.readings import Reading
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

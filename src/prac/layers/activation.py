@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from prac.config import Kind
+from prac.estimators.rounded import Stored
 from prac.layers.alike import distances
 from prac.layers.base import Compressed, trained
+from prac.layers.marks import mark
 from prac.layers.record import Match
 from prac.layers.way import Difference
 from prac.ops import ACTIVATIONS, Activation, activated, activation
-from prac.source import mark
-from prac.stored import Stored
-from prac.tangible import tangible
+from prac.runtime.fake import with_numbers
 
 
 class ElementWise(Compressed):
@@ -64,7 +64,7 @@ def function_of(module: nn.Module, device: torch.device | None = None) -> Activa
     """
     if any(True for _ in (*module.parameters(), *module.buffers(), *module.children())):
         return None
-    with tangible(module):
+    with with_numbers(module):
         x = torch.linspace(-6, 6, 97, device="cpu", dtype=torch.float32).to(device or "cpu")
         functions = list(ACTIVATIONS.values())
         apart = distances(module, [function.forward for function in functions], x)

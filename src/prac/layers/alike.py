@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prac.layers.reach import attributes
 from prac.layers.way import Way, way
-from prac.quiet import quietly, version
+from prac.runtime.quiet import quietly, version
 
 MOST = 12  # modules inside of one that is worth comparing with others
 _PLAIN = (bool, int, float, str, type(None), type)
@@ -67,7 +67,7 @@ def distances(
     numbers, changes itself, gives something of another shape or dtype, or fails.
 
     Args:
-        module: a stranger's; it is run quietly (:func:`prac.quiet.quietly`).
+        module: a stranger's; it is run quietly (:func:`prac.runtime.quiet.quietly`).
         formulas: what it may compute; may call children of the module.
         x: (..., n), where the module lives, of many sizes: what cuts large values off shows there alone.
         held: children that stay in eval mode, since their training is known (a dropout).

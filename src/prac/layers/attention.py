@@ -9,16 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from prac.autocast import autocast_dtype
 from prac.config import Kind
-from prac.estimator import Estimator
+from prac.estimators.base import Estimator
+from prac.estimators.rounded import Stored
 from prac.layers.base import TRANSFORMED, Compressed, is_transformed
+from prac.layers.marks import mark
 from prac.layers.record import Match
 from prac.layers.way import Difference
 from prac.ops.attention import attention, enough, why_not
-from prac.source import mark
-from prac.stored import Stored
-from prac.tangible import is_hollow
+from prac.runtime.autocast import autocast_dtype
+from prac.runtime.fake import is_fake
 
 
 class Attention(Compressed):
@@ -51,7 +51,7 @@ class Attention(Compressed):
         """
         record, q, k = self._prac, self.estimators["q"], self.estimators["k"]
         step = q.clock.step
-        if step >= record.due and not is_hollow(query) and isinstance(q, Stored) and isinstance(k, Stored):
+        if step >= record.due and not is_fake(query) and isinstance(q, Stored) and isinstance(k, Stored):
             record.due = max(1, 2 * step)
             q.bits = k.bits = enough(query, key, scale, record.match.facts)
         return self.estimators

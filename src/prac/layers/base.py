@@ -16,14 +16,14 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 
-from prac.autocast import autocast_dtype, without_autocast
-from prac.clock import in_backward
 from prac.config import Kind
-from prac.estimator import Estimator
+from prac.estimators.base import Estimator
+from prac.estimators.clock import in_backward
 from prac.layers.reach import picked
 from prac.layers.record import Keeps, Match, Record
 from prac.layers.swapping import without_prac
 from prac.layers.way import Difference, way
+from prac.runtime.autocast import autocast_dtype, without_autocast
 
 TRANSFORMED = "it is called within a transform of torch.func, forward-mode AD or torch.jit.trace"
 MOST_TRIES = 16  # of a layer; one whose attributes change again and again goes its own way
@@ -38,8 +38,8 @@ class Compressed(nn.Module):
     when it was compressed, or is called in another way; ``handle.summary()`` then says so.
 
     ``torch.compile`` leaves training steps of the layer out of its graphs: subspaces, clocks and random numbers live
-    between calls, where a graph could not follow them. The layer's own kernels are compiled (:mod:`prac.fused`), what
-    lies between layers is compiled as ever, and so is everything in eval mode.
+    between calls, where a graph could not follow them. The layer's own kernels are compiled
+    (:mod:`prac.runtime.kernel`), what lies between layers is compiled as ever, and so is everything in eval mode.
     """
 
     kind: ClassVar[Kind]

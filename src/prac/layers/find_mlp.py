@@ -18,8 +18,8 @@ from prac.layers.reach import is_of_library
 from prac.layers.record import Match
 from prac.layers.way import way
 from prac.ops import ACTIVATIONS
-from prac.quiet import quietly
-from prac.tangible import tangible
+from prac.runtime.fake import with_numbers
+from prac.runtime.quiet import quietly
 
 
 def recognise(module: nn.Module, device: torch.device | None = None) -> Match | str | None:
@@ -50,7 +50,7 @@ def recognise(module: nn.Module, device: torch.device | None = None) -> Match | 
         return None
     if _looks_at_weights(module):
         return "its forward looks at weights itself: its layers are compressed one by one"
-    with tangible(module) as real:
+    with with_numbers(module) as real:
         # In float32, since the rounding of fewer bits is as large as what sets one formula apart from another.
         half = any(p.dtype in (torch.bfloat16, torch.float16) for p in real.parameters())
         left = [t for part in real.modules() for t in vars(part).values() if isinstance(t, Tensor) and not t.is_leaf]

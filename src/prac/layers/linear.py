@@ -8,14 +8,14 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from prac.autocast import autocast_dtype
 from prac.config import Kind
+from prac.estimators.rounded import by_reference
 from prac.layers.base import Compressed, trained
+from prac.layers.marks import is_past, may_be_kept, source_of
 from prac.layers.record import MAKER, Match
 from prac.layers.way import Difference
 from prac.ops import Normed, linear
-from prac.source import is_past, may_be_kept, source_of
-from prac.stored import by_reference
+from prac.runtime.autocast import autocast_dtype
 
 
 class Linear(Compressed):

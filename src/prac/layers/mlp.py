@@ -8,15 +8,15 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from prac.autocast import autocast_dtype
 from prac.config import Kind
-from prac.estimator import Tensors
+from prac.estimators.base import Tensors
+from prac.estimators.rounded import Stored
 from prac.layers.base import Compressed, is_hooked, trained
 from prac.layers.linear import Linear
+from prac.layers.marks import mark, source_of
 from prac.layers.way import Difference, Way
 from prac.ops import Activation, Normed, activated, activation, glu, norm_mlp, product
-from prac.source import mark, source_of
-from prac.stored import Stored
+from prac.runtime.autocast import autocast_dtype
 
 
 class Roles(NamedTuple):

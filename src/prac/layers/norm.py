@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from prac.autocast import autocast_of
 from prac.config import Kind
 from prac.layers.alike import distances
 from prac.layers.base import Compressed, trained
+from prac.layers.marks import mark
 from prac.layers.record import Match
 from prac.layers.swapping import without_prac
 from prac.ops import Norm, layer_norm, normalise, rms_norm
-from prac.ops.function import among_several
-from prac.source import mark
-from prac.tangible import tangible
+from prac.runtime.autocast import autocast_of
+from prac.runtime.fake import with_numbers
+from prac.runtime.processes import among_several
 
 
 class LayerNorm(Compressed):
@@ -118,7 +118,7 @@ def _rms_formula(module: nn.Module, n: int) -> tuple[float | None, float] | None
     Models write their own RMSNorm; what the class is called does not say whether γ or 1 + γ
     multiplies, nor which attribute holds eps. A float32 copy with random weights does.
     """
-    with tangible(module) as real:
+    with with_numbers(module) as real:
         # Its own parameters are not touched, nor copied: what a forward left on the module may have a graph.
         twin = without_prac(real)
         weight = real._parameters.get("weight")  # not a parameter where the module is called as a function of it

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from prac.quiet import version
+from prac.runtime.quiet import version
 
 Words = frozenset[str] | None  # what code names; None where that does not tell what it reads
 

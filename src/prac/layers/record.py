@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from prac.estimator import Estimator
+from prac.estimators.base import Estimator
 from prac.layers.way import Way
-from prac.warn import warn
+from prac.runtime.warn import warn
 
 if TYPE_CHECKING:
     from prac.layers.base import Compressed

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from prac.estimator import Estimator
+from prac.estimators.base import Estimator
 from prac.layers.record import Match, Record, Shared, Source
 from prac.layers.way import of_forward, way
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prac.memory.kinds import ACTIVATIONS, REST
+from prac.runtime.text import size
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,3 @@ class Breakdown:
 def ordered(kinds: Mapping[str, int]) -> dict[str, int]:
     """The same in the order of the tables."""
     return {kind: kinds[kind] for kind in (*REST, *ACTIVATIONS) if kind in kinds}
-
-
-def size(count: float) -> str:
-    """Bytes for people.
-
-    >>> size(3 * 2**20)
-    '3.0 MiB'
-    """
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"

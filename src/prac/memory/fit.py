@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from prac.config import Config
-from prac.convert import compress
-from prac.loss import ChunkedLoss, NotChunked
-from prac.memory.breakdown import Breakdown, size
+from prac.convert.chunked_loss import ChunkedLoss, NotChunked
+from prac.convert.compress import compress
+from prac.memory.breakdown import Breakdown
 from prac.memory.measure import measure
 from prac.memory.predict import OptimizerFactory, adamw, predict
 from prac.presets import PRESETS
-from prac.structure import Example, in_mode, tensors_in
+from prac.runtime.running import Example, in_mode, tensors_in
+from prac.runtime.text import size
 
 
 class Rung(NamedTuple):

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from prac.convert.state import subspaces_of
 from prac.memory.allocator import allocated
 from prac.memory.breakdown import Breakdown
 from prac.memory.kinds import kinds
-from prac.memory.parts import loss_of, subspaces
-from prac.structure import Example, call, running, tensors_in
+from prac.runtime.running import Example, call, loss_of, running, tensors_in
 
 
 @dataclass
@@ -125,7 +125,7 @@ def measure(
     at_peak = {
         "parameters": _bytes([*model.parameters(), *model.buffers()]),
         "optimizer": 0 if optimizer is None else _bytes(tensors_in(list(optimizer.state.values()))),
-        "subspaces": _bytes(subspaces(model)),
+        "subspaces": _bytes(subspaces_of(model)),
         "batch": _bytes(tensors_in(batch)),
         "step": step.peak,
     }

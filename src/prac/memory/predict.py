@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prac.config import Config
-from prac.conversion import Filter
-from prac.convert import compress
+from prac.convert.chunked_loss import ChunkedLoss
+from prac.convert.compress import compress
+from prac.convert.conversion import Filter
+from prac.convert.state import subspaces_of
 from prac.layers import Compressed
-from prac.loss import ChunkedLoss
 from prac.memory.breakdown import Breakdown
 from prac.memory.kinds import ACTIVATIONS
-from prac.memory.parts import loss_of, subspaces
 from prac.memory.tracker import Tracker
-from prac.structure import Example, call, tensors_in
-from prac.tangible import hollow
+from prac.runtime.fake import faked
+from prac.runtime.running import Example, call, loss_of, tensors_in
 
 OptimizerFactory = Callable[[nn.Module], Optimizer | Sequence[Optimizer]]
 
@@ -78,7 +78,7 @@ def predict(
     """
     if any(isinstance(module, Compressed) for module in model.modules()):
         raise ValueError("predict takes the model before compress, and the config; call handle.restore() first.")
-    with hollow(model, batch) as (model, batch):
+    with faked(model, batch) as (model, batch):
         if chunked_loss:
             ChunkedLoss(model, strict=True)
         if config is not None:
@@ -100,7 +100,7 @@ def predict(
         with tracker:
             with _autocast(autocast), _elsewhere() if offload else nullcontext():
                 value = loss_of(call(model, batch), loss)
-            tracker.label(subspaces(model), "subspaces")
+            tracker.label(subspaces_of(model), "subspaces")
             end_of_forward = tracker.now()
             tracker.name_rest()
             value.backward()

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prac import fused
-from prac.factored import FactoredGradient
 from prac.memory.kinds import kinds
-from prac.structure import running
+from prac.optim.factored import FactoredGradient
+from prac.runtime import kernel
+from prac.runtime.running import running
 
 
 def parts(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -48,7 +48,7 @@ class Tracker(TorchDispatchMode):
     every piece is remembered with its times, and the question what the peak consists of is answered in the end.
 
     torch has ``MemTracker`` for the same; it cannot tell activations apart, nor take the kernels of
-    :mod:`prac.fused` for one operation each, as they run. The tests compare the two where both apply.
+    :mod:`prac.runtime.kernel` for one operation each, as they run. The tests compare the two where both apply.
 
     Args:
         model: its modules give the names.
@@ -113,7 +113,7 @@ class Tracker(TorchDispatchMode):
     # --- following ---------------------------------------------------------------------------
 
     def __enter__(self) -> Tracker:
-        self._stack.enter_context(fused.run_by(self._one_kernel))
+        self._stack.enter_context(kernel.run_by(self._one_kernel))
         self._stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
         self._running = self._stack.enter_context(running(self.model))
         super().__enter__()  # type: ignore[no-untyped-call]

@@ -4,10 +4,10 @@ from prac.ops.cross_entropy import linear_cross_entropy
 from prac.ops.elementwise import ACTIVATIONS, Activation, activation
 from prac.ops.glu import glu
 from prac.ops.linear import linear
-from prac.ops.mlp import norm_mlp
 from prac.ops.norm import layer_norm, rms_norm
-from prac.ops.normed import Norm, Normed, normalise
+from prac.ops.norm_mlp import norm_mlp
 from prac.ops.recompute import activated, product
+from prac.ops.shared_norm import Norm, Normed, normalise
 
 __all__ = [
     "ACTIVATIONS",

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from prac.autocast import autocast_dtype, without_autocast
 from prac.config import Bits
-from prac.estimator import Estimator, Kept
+from prac.estimators.base import Estimator, Kept
 from prac.ops.function import Gradients, apply, backward, save, saved
-from prac.tangible import is_hollow
+from prac.runtime.autocast import autocast_dtype, without_autocast
+from prac.runtime.fake import is_fake
 
 aten = torch.ops.aten
 FLASH = torch.nn.attention.SDPBackend.FLASH_ATTENTION.value
@@ -40,7 +40,7 @@ def why_not(
         return f"heads of {q.shape[-1]} features, not a multiple of 8"
     dtype = autocast_dtype(q)
     mask = _added(mask, dtype)
-    if is_hollow(q):  # torch decides by device, dtypes and the size of a head
+    if is_fake(q):  # torch decides by device, dtypes and the size of a head
         with unset_fake_temporarily():
             q, k, v = (torch.empty(1, 1, 2, q.shape[-1], dtype=dtype, device="cpu") for _ in range(3))
             mask = None if mask is None else torch.zeros(1, 1, 2, 2, dtype=mask.dtype, device="cpu")
@@ -55,7 +55,7 @@ def why_not(
     return f"torch runs it{because} by its {kernel} kernel, and prac stands in for flash alone"
 
 
-# The relative error (r.m.s.) of rounding to the nearest of so many bits, as prac.storage has it.
+# The relative error (r.m.s.) of rounding to the nearest of so many bits, as prac.estimators.codes has it.
 _ERROR = {4: 0.09, 8: 0.005}
 # How far rounding may move a score. At 0.13, which unit-sized q and k have in 4 bits, gradients are off by a sixth.
 _TOLERANCE = 0.2

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prac.autocast import autocast_dtype, without_autocast
-from prac.fused import fused
 from prac.ops.function import Gradients, apply, backward, cast, save, saved
+from prac.runtime.autocast import autocast_dtype, without_autocast
+from prac.runtime.kernel import fused
 
 
 def linear_cross_entropy(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from prac.autocast import without_autocast
+from prac.runtime.autocast import without_autocast
+from prac.runtime.processes import among_several
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -40,11 +41,6 @@ def _as_it_is(tensor: Tensor | None) -> Tensor | None:
     if not isinstance(tensor, nn.Parameter) or among_several():
         return tensor
     return tensor.view_as(tensor)
-
-
-def among_several() -> bool:
-    """Whether this process trains together with others."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def saved(ctx: Any) -> dict[str, tuple[Any, ...]]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prac.estimator import Estimator
+from prac.estimators.base import Estimator
 from prac.ops.elementwise import Activation
 from prac.ops.function import Gradients, apply, backward, save, saved
 

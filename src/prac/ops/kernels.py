@@ -1,7 +1,7 @@
 """What the ops do element by element, each in one pass over memory.
 
 Token-sized tensors come as (M, n) and leave so; ``bits`` and ``noise`` are what
-:mod:`prac.storage` takes. Statistics are in float32, or float64 for float64.
+:mod:`prac.estimators.codes` takes. Statistics are in float32, or float64 for float64.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from prac.config import Bits
-from prac.fused import fused
+from prac.estimators.codes import Dither, Tensors, load, store
 from prac.ops.elementwise import ACTIVATIONS
-from prac.storage import Dither, Tensors, load, store
+from prac.runtime.kernel import fused
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

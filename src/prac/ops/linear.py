@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prac.autocast import autocast_dtype, without_autocast
-from prac.estimator import Estimator, Kept
+from prac.estimators.base import Estimator, Kept
 from prac.ops import kernels
 from prac.ops.function import Gradients, apply, backward, cast, save, saved, shaped
-from prac.ops.normed import scalars_grad
+from prac.ops.shared_norm import scalars_grad
+from prac.runtime.autocast import autocast_dtype, without_autocast
 
 
 def linear(
@@ -34,7 +34,8 @@ def linear(
         bias_O: (o,) or None.
         keep: compresses ``x``, or what is kept of ``x`` already. Not asked where the weight needs
             no gradient.
-        scalars_M2: of the norm that x is the output of (:class:`prac.ops.normed.Normed`), where it wants the exact c.
+        scalars_M2: of the norm that x is the output of (:class:`prac.ops.shared_norm.Normed`), where it wants the
+            exact c.
         keep_y: keeps ``y`` for that; unbiased rounding leaves the norm's gradient unbiased.
     """
     return apply(_Linear, x, weight_ON, bias_O, keep, scalars_M2, keep_y)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prac.estimator import Estimator
+from prac.estimators.base import Estimator
 from prac.ops.function import Gradients, apply, backward
 
 

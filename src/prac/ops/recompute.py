@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from prac.estimator import Form, Kept, Tensors
+from prac.estimators.base import Form, Kept, Tensors
 from prac.ops.elementwise import Activation
 
 

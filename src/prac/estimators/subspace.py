@@ -1,0 +1,264 @@
+"""Algorithm 1 of the paper: dynamic activation compression by PRAC.
+
+The projection of equation (6) is kept as one matrix
+
+    P = [Q1, √k · Q2]   (n × r),      Z = X P   (M × r),      X̃ = Z Pᵀ   (M × n)
+
+so that E[X̃] = X over the draw of Q2 (Theorem 6) and E‖X̃ − X‖² = (k − 1) ‖X − X Q1 Q1ᵀ‖²
+(Theorem 7). r2 = 0 gives PAC, r1 = 0 gives RAC. With Gaussian in place of orthonormal random directions,
+
+    P = [Q1, √k · (I − Q1 Q1ᵀ) S],   S_ij ~ N(0, 1),   k = 1 / r2,
+
+the mean is the same, and E‖X̃ − X‖² = (n − r1 + 1)/r2 · ‖X − X Q1 Q1ᵀ‖², as (n − r1)/r2 − 1 is with orthonormal ones.
+
+P is kept in the activation's dtype. Rounded to bfloat16 its columns are orthonormal to about
+0.4%, and what is said of X̃ holds to that accuracy.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prac.config import Rank
+from prac.estimators.base import Estimator, Kept, Tensors
+from prac.estimators.bases import gram_matrix, principal_basis, projection
+from prac.estimators.clock import Clock
+from prac.estimators.codes import bytes_per_token
+from prac.estimators.rounded import Rounded, Stored
+from prac.optim.factored import FactoredGradient
+from prac.runtime.autocast import without_autocast
+from prac.runtime.fake import is_fake
+from prac.runtime.warn import warn
+
+
+class Projected(NamedTuple):
+    """The form of Z = X P, itself kept as ``z`` says."""
+
+    p_NR: Tensor
+    z: Rounded
+    factored: bool = False
+
+    def reconstruct(self, tensors: Tensors) -> Tensor:
+        """The estimate X̃ = Z Pᵀ, (M, n): equation (7)."""
+        return self.z.reconstruct(tensors) @ self.p_NR.mT
+
+    def weight_grad(self, dy_MO: Tensor, tensors: Tensors) -> Tensor:
+        """The estimate dW = dYᵀ X̃ = (dYᵀ Z) Pᵀ, (O, n): two thin products, or the first of them; X̃ is never built."""
+        p_NR = self.p_NR.to(dy_MO.dtype)
+        coefficients_OR = self.z.weight_grad(dy_MO, tensors)
+        if self.factored:
+            return FactoredGradient(coefficients_OR, p_NR, subspace=self.p_NR)
+        return coefficients_OR @ p_NR.mT
+
+
+class Subspace(Estimator):
+    """The subspace of one activation (or of one activation shared by several layers).
+
+    Args:
+        rank: r1 principal and r2 random directions, and k in units of the unbiased
+            ``k0 = (n − r1) / r2`` of Theorem 6.
+        clock: counts the optimizer steps.
+        width: n, features of the activation; None takes it from the first one seen.
+        T1: optimizer steps between updates of Q1.
+        T2: optimizer steps between updates of Q2. Where they differ, Q2 is redrawn also at
+            every update of Q1: Algorithm 1 as printed would keep a Q2 that is no longer
+            orthogonal to the new Q1, and the estimate would be biased.
+            None for either keeps the basis.
+        growth: if above 0, no interval is longer than this share of the steps before it.
+        factored: leave weight gradients in factors.
+        name, seed: as for :class:`prac.estimators.base.Estimator`; each draw of Q2 has its own seed.
+
+    Raises:
+        ValueError: if the rank does not fit the width, or an interval is below 1.
+    """
+
+    def __init__(
+        self,
+        rank: Rank,
+        clock: Clock,
+        *,
+        width: int | None = None,
+        T1: int | None = 500,
+        T2: int | None = 500,
+        growth: float = 0.0,
+        factored: bool = False,
+        name: str = "",
+        seed: int = 0,
+    ) -> None:
+        if any(interval is not None and interval < 1 for interval in (T1, T2)):
+            raise ValueError(f"{name}: refresh intervals must be at least 1, got T1 = {T1}, T2 = {T2}.")
+        super().__init__(clock, name=name, seed=seed)
+        self.rank, self.T1, self.T2, self.growth, self.factored = rank, T1, T2, growth, factored
+        self.storage = Stored(rank.bits, clock, unbiased=True, name=f"{name}/Z", seed=seed)
+        self.p_NR: Tensor | None = None
+        self.refreshes = 0
+        # The optimizer steps at which Q1 and Q2 were last updated.
+        self._q1_step = self._q2_step = -1
+        self._warned = False
+        if width is not None:
+            self._fit(width)
+
+    def _fit(self, width: int) -> None:
+        """Settle the ranks and k for a width of n features (line 1 of Algorithm 1)."""
+        if self.width is not None and width != self.width:
+            raise ValueError(f"{self.name}: made for a width of {self.width}, called with {width}; exclude this layer.")
+        if self.width is None:
+            self.r1, self.r2 = self.rank.resolve(width, self.name)
+            directions = width - self.r1 if self.rank.orthonormal else 1
+            self.k = self.rank.k * directions / self.r2 if self.r2 else 1.0
+            self.width = width
+
+    # --- Algorithm 1 -------------------------------------------------------------
+
+    @torch.no_grad()
+    def update(self, x_MN: Tensor) -> None:
+        """Lines 2 to 14 of Algorithm 1: refresh what is due at the clock's step t.
+
+        "t mod T = 0" is read as "a multiple of T has been reached since the last update",
+        so that a layer which was not run at that very step, or met a bad batch or none at all
+        there (an expert without tokens), catches up at its next chance.
+
+        Raises:
+            ValueError: if there is no basis yet and none can be made from this batch. With a
+                basis at hand a bad batch is skipped: the old one stays, with one warning.
+        """
+        self._fit(x_MN.shape[1])
+        if x_MN.shape[0] == 0:
+            return
+        t = self.clock.now()
+        due_q1 = self.p_NR is None or t >= self._next(self._q1_step, self.T1)
+        due_q2 = due_q1 or t >= self._next(self._q2_step, self.T2)
+        if not due_q2:
+            return
+        with without_autocast(x_MN.device.type):
+            generator = self.generator(self.refreshes, x_MN.device)
+            q1_NR = self._principal(x_MN, generator) if due_q1 else self._q1(x_MN)
+            if q1_NR is None:
+                return
+            self._renew(q1_NR, generator)
+        self._q1_step, self._q2_step = (t if due_q1 else self._q1_step), t
+
+    def _renew(self, q1_NR: Tensor, generator: torch.Generator) -> None:
+        # A new tensor each time: a backward still under way keeps the P of its forward.
+        self.p_NR = projection(q1_NR, self.r2, self.k, generator=generator, orthonormal=self.rank.orthonormal)
+        self.refreshes += 1
+
+    @torch.no_grad()
+    def settle(self, gram_NN: Tensor) -> None:
+        """Take the principal basis from a Gram matrix XᵀX (n × n), such as that of several batches, and a new Q2.
+
+        Raises:
+            ValueError: if it holds NaN or Inf.
+        """
+        if not torch.isfinite(gram_NN).all():
+            raise ValueError(f"{self.name}: the calibration batches give NaN or Inf here; check the data.")
+        self._fit(gram_NN.shape[0])
+        generator = self.generator(self.refreshes, gram_NN.device)
+        self._renew(principal_basis(gram_NN, self.r1, generator=generator), generator)
+        self._q1_step = self._q2_step = self.clock.step
+        self._last = None
+
+    def _next(self, last: int, interval: int | None) -> float:
+        """The step at which a basis updated at step ``last`` is due again."""
+        if interval is None:
+            return math.inf
+        regular = (last // interval + 1) * interval
+        return min(regular, last + max(1, int(self.growth * last))) if self.growth else regular
+
+    def _q1(self, x_MN: Tensor) -> Tensor:
+        assert self.p_NR is not None
+        dtype = torch.promote_types(self.p_NR.dtype, torch.float32)
+        return self.p_NR[:, : self.r1].to(device=x_MN.device, dtype=dtype)
+
+    def _principal(self, x_MN: Tensor, generator: torch.Generator) -> Tensor | None:
+        """The new Q1, or None where this batch cannot give one and the old one stays."""
+        if self.r1 == 0:
+            dtype = torch.promote_types(x_MN.dtype, torch.float32)
+            return torch.empty(x_MN.shape[1], 0, dtype=dtype, device=x_MN.device)
+        if x_MN.shape[0] < self.r1:
+            self._skip(
+                f"{x_MN.shape[0]} tokens cannot span a principal basis of r1 = {self.r1} directions; "
+                "use more tokens per step, lower r1, or exclude this layer"
+            )
+            return None
+        gram_NN = gram_matrix(x_MN)
+        if not is_fake(gram_NN) and not torch.isfinite(gram_NN).all():
+            self._skip(
+                "the activations hold NaN or Inf, or overflow when squared; "
+                "check the data, the learning rate and the loss scale"
+            )
+            return None
+        start_NR = None if self.p_NR is None else self._q1(x_MN)
+        return principal_basis(gram_NN, self.r1, start_NR=start_NR, generator=generator)
+
+    def _skip(self, problem: str) -> None:
+        if self.p_NR is None:
+            raise ValueError(f"{self.name}: cannot make the first subspace: {problem}.")
+        if not self._warned:
+            self._warned = True
+            warn(f"{self.name}: refresh at step {self.clock.step} skipped, keeping the old subspace: {problem}.")
+
+    # --- the estimator: what ops ask -----------------------------------------------
+
+    def compress(self, x_MN: Tensor, dtype: torch.dtype) -> Kept:
+        """Z = X P (line 16 of Algorithm 1), for (M, n), in ``dtype`` and then in the rank's bits."""
+        if self.observer is None or self.p_NR is None:
+            self.update(x_MN)
+        p_NR = self._basis(x_MN.device, dtype)
+        tensors, z = self.storage.compress(x_MN.to(dtype) @ p_NR, dtype)
+        assert isinstance(z, Rounded)
+        return Kept(tensors, Projected(p_NR, z, self.factored))
+
+    def _basis(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        if self.p_NR is None:  # no token yet to make one of; and none to keep, for which any will do
+            assert self.width is not None
+            return torch.zeros(self.width, self.r1 + self.r2, device=device, dtype=dtype)
+        if self.p_NR.dtype != dtype or self.p_NR.device != device:
+            self.p_NR = self.p_NR.to(device=device, dtype=dtype)
+        return self.p_NR
+
+    def label(self) -> str:
+        """``r1+r2 of n``, and the bits of Z."""
+        rank = f"{self.r1}+{self.r2} of {self.width}"
+        return rank if self.storage.bits is None else f"{rank}, {self.storage.label()}"
+
+    def bytes_per_token(self, itemsize: int) -> int:
+        """Bytes of a row of Z."""
+        return bytes_per_token(self.r1 + self.r2, self.storage.bits, itemsize)
+
+    # --- state -----------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """P and the counters: with them a resumed run continues exactly."""
+        return {
+            "p": None if self.p_NR is None else self.p_NR.detach().clone(),
+            "q1_step": self._q1_step,
+            "q2_step": self._q2_step,
+            "refreshes": self.refreshes,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError if the saved P is of another width or rank than this subspace."""
+        p_NR = state["p"]
+        if p_NR is not None:
+            self._fit(p_NR.shape[0])
+            if p_NR.shape[1] != self.r1 + self.r2:
+                raise ValueError(
+                    f"{self.name}: the saved subspace has rank {p_NR.shape[1]}, this one {self.r1 + self.r2}; "
+                    "resume with the config that the run was started with."
+                )
+        self.p_NR = p_NR
+        self._q1_step, self._q2_step = state["q1_step"], state["q2_step"]
+        self.refreshes = state["refreshes"]
+        self._last = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Estimator:
+        twin = super().__deepcopy__(memo)
+        assert isinstance(twin, Subspace)
+        twin.storage = copy.deepcopy(self.storage, memo)
+        return twin

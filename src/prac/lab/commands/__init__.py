@@ -1,0 +1,1 @@
+"""The ``prac`` command: a parser and a function for each subcommand."""

@@ -1,0 +1,1 @@
+"""What is trained: models, texts, tokens, blocks."""

@@ -1,0 +1,1 @@
+"""Training runs in folders, one or several."""

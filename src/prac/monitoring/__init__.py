@@ -1,0 +1,1 @@
+"""What each layer loses, measured while a model trains."""

@@ -1,0 +1,1 @@
+"""What all the rest stands on and that knows nothing of compression."""
