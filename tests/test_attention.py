@@ -19,7 +19,7 @@ from prac.estimators.rounded import Stored
 from prac.layers import Attention
 from prac.layers.marks import mark, source_of
 from prac.memory import track_kept
-from prac.ops.attention import attention, why_not
+from prac.ops.attention import Call, attention, choose
 
 FULL = Bits(32)
 WHOLE = prac.Config(linear=FULL, norm=FULL, activation=FULL, group=FULL, min_width=1)
@@ -135,11 +135,14 @@ def test_a_model_without_torchs_attention_is_told_so() -> None:
 def test_stands_aside_where_torch_would_not_run_its_kernel() -> None:
     """Dropout on CPU, a mask that learns, values of another width: the module runs as it was."""
     q, k, v = (tensor(1, 2, 5, 8, seed=seed) for seed in range(3))
-    assert why_not(q, k, v, None, 0.0, True, False) == ""
-    assert "dropout" in why_not(q, k, v, None, 0.1, True, False)
+    backend = choose(Call(q, k, v, causal=True))
+    assert not isinstance(backend, str) and (backend.name, backend.device) == ("flash", "cpu")
+    assert "dropout" in choose(Call(q, k, v, dropout=0.1, causal=True))
     learns = torch.zeros(5, 5, dtype=q.dtype, requires_grad=True)
-    assert "needs a gradient" in why_not(q, k, v, learns, 0.0, False, False)
-    assert "differ in size" in why_not(q, k, tensor(1, 2, 5, 4), None, 0.0, True, False)
+    assert "needs a gradient" in choose(Call(q, k, v, learns))
+    assert "differ in size" in choose(Call(q, k, tensor(1, 2, 5, 4), causal=True))
+    with pytest.raises(ValueError, match="its plain kernel"):
+        attention(q, k, v, keepers(8), dropout=0.1, causal=True)
 
 
 class Odd(nn.Module):

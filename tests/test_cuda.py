@@ -101,15 +101,15 @@ def test_attention_in_few_bits() -> None:
     from helpers import Steps
 
     from prac.estimators.rounded import Stored
-    from prac.ops.attention import attention, runs_here
+    from prac.ops.attention import attention
+    from prac.ops.attention.flash import FLASH
 
     for heads in (8, 2):
         q, k, v = (torch.randn(2, h, 128, 64, device="cuda", dtype=torch.bfloat16) for h in (8, heads, heads))
         leaves = [t.requires_grad_() for t in (q, k, v)]
         gqa = heads != 8
-        assert runs_here(q, k, v, None, 0.0, True, gqa)
         keep = {t: Stored(prac.Bits(8), Steps(), unbiased=True, name=t) for t in ("q", "k", "v", "out")}
-        out, _ = attention(q, k, v, keep, causal=True, gqa=gqa)
+        out, _ = attention(q, k, v, keep, causal=True, gqa=gqa, backend=FLASH)
         expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
         dout = torch.randn_like(out)
         ours, theirs = (torch.autograd.grad(o, leaves, dout) for o in (out, expected))
@@ -121,17 +121,17 @@ def test_attention_in_few_bits() -> None:
 def test_fused_kernels_make_the_same_codes(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch.compile makes of storing for the GPU, against eager: the same codes and scales, but for rounding."""
     from prac.config import Bits
-    from prac.estimators.codes import dither, load, store
+    from prac.estimators.codes import Codes, Coding, dither, load, store
     from prac.runtime import kernel
 
     form = Bits(bits)
     x = torch.randn(1024, 1024, device="cuda")
     noise = dither(1024, 1024, form, x.device, torch.Generator("cuda").manual_seed(0))
-    compiled, eager = kernel.fused(store)(x, form, noise), store(x, form, noise)
-    assert not kernel._broken
+    compiled, eager = kernel.fused(store)(x, Coding(form, noise)), store(x, Coding(form, noise))
+    assert kernel._compiles
     differ = (compiled[0] != eager[0]).float().mean()
     assert differ < 1e-4
-    a, b = (load(t[0], tuple(t[1:]), form, 1024, torch.float32) for t in (compiled, eager))
+    a, b = (load(Codes(tuple(t), form, 1024), torch.float32) for t in (compiled, eager))
     assert relative(a, b) < 0.02
 
 

@@ -46,3 +46,24 @@ def test_the_root_is_what_a_user_says() -> None:
 
 def test_no_file_is_long() -> None:
     assert {f.name: n for f in PACKAGE.rglob("*.py") if (n := len(f.read_text().splitlines())) > 300} == {}
+
+
+def test_nobody_asks_an_estimator_of_what_kind_it_is() -> None:
+    """Outside of their own floor: ops and layers ask what it can do."""
+    kinds = {
+        node.name
+        for path in (PACKAGE / "estimators").glob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) and any(getattr(b, "id", "") in ("Estimator", "Form") for b in node.bases)
+    }
+    assert {"Stored", "Subspace", "Decomposed", "Rounded", "Projected"} <= kinds
+    others = [p for p in PACKAGE.rglob("*.py") if p.parent.name != "estimators"]
+    asked = {str(p.relative_to(PACKAGE)): sorted(found) for p in others if (found := asked_for(p) & kinds)}
+    assert asked == {}
+
+
+def asked_for(path: Path) -> set[str]:
+    """The classes that a file asks ``isinstance`` for."""
+    calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+    asked = [c.args[1] for c in calls if getattr(c.func, "id", "") == "isinstance"]
+    return {n.id for each in asked for n in ast.walk(each) if isinstance(n, ast.Name)}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import prac
 from prac.config import Bits, Rank
-from prac.estimators.codes import load
+from prac.estimators.codes import Codes, load
 from prac.estimators.rounded import Stored
 from prac.estimators.subspace import Subspace
 from prac.ops import ACTIVATIONS, Norm, Normed, linear, norm_mlp, normalise
@@ -90,6 +90,11 @@ def test_norm_and_linears_against_autograd(kind: str, shape: tuple[int, ...], wh
     compare(got, expected, leaves)
 
 
+def hidden(bits: Bits, gated: bool = True) -> list[Stored]:
+    """What keeps g and u, or a."""
+    return [Stored(bits, Steps(), unbiased=False) for _ in range(1 + gated)]
+
+
 @pytest.mark.parametrize("kind", ["bits", "rank"])
 @pytest.mark.parametrize("function", ACTIVATIONS)
 @pytest.mark.parametrize("form", ["gated", "fused", "fused, up first", "no gate"])
@@ -103,8 +108,8 @@ def test_mlp_against_autograd(kind: str, function: str, form: str, which: int, b
     into = [(tensor(w, n, seed=i + 3), tensor(w, seed=i + 5) if biases else None) for i, w in enumerate(widths)]
     down = (tensor(o, m, seed=8), tensor(o, seed=9) if biases else None)
     y, normed = normalise(x, weight, bias, norm, lossless(kind), torch.float64)
-    setting = {"is_gated": form != "no gate", "gate_first": form != "fused, up first"}
-    got = norm_mlp(y, normed, into, down, function, FULL, **setting)
+    keep = hidden(FULL, gated=form != "no gate")
+    got = norm_mlp(y, normed, into, down, function, keep, gate_first=form != "fused, up first")
     zs = [F.linear(plain_norm(x, weight, bias, norm), *layer) for layer in into]
     f = ACTIVATIONS[function].forward
     if form == "no gate":
@@ -216,7 +221,7 @@ def test_rounded_gate_and_up_are_off_by_no_more_than_said() -> None:
     grads = {}
     for bits in (32, 8, 4):
         y, normed = normalise(x, None, None, Norm(EPS, 0.0, False), lossless("bits"), torch.float64)
-        out = norm_mlp(y, normed, into, down, "silu", Bits(bits), is_gated=True)
+        out = norm_mlp(y, normed, into, down, "silu", hidden(Bits(bits)))
         dy = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         grads[bits] = torch.autograd.grad(out, [x, into[0][0], into[1][0], down[0]], dy)
     for bits, bound in ((8, 0.01), (4, 0.15)):
@@ -229,5 +234,5 @@ def test_what_is_kept_is_what_was_asked() -> None:
     x = tensor(20, 40)
     _, normed = normalise(x, None, None, Norm(EPS, 0.0, True), Stored(Bits(8), Steps(), unbiased=False), torch.float64)
     codes, *rest = normed.xhat.tensors
-    xhat = load(codes, tuple(rest), Bits(8), 40, torch.float64)
+    xhat = load(Codes((codes, *rest), Bits(8), 40), torch.float64)
     torch.testing.assert_close(xhat, F.layer_norm(x, (40,), eps=EPS).detach(), atol=0.02, rtol=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -209,3 +210,29 @@ def test_the_final_norm_does_not_hold_its_input() -> None:
     logits = model(**TEXT).logits
     assert seen[0].expired()
     logits.sum().backward()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_xhat_is_decoded_once_for_all_that_read_it(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice a block: for q, k and v, and for the MLP. And nothing of it is left when backward is done."""
+    from prac.ops import shared_norm
+
+    decoded: list[weakref.ref[torch.Tensor]] = []
+    read = shared_norm.kernels.read_normalised
+
+    def counted(*args):
+        y = read(*args)
+        decoded.append(weakref.ref(y))
+        return y
+
+    monkeypatch.setattr(shared_norm.kernels, "read_normalised", counted)
+    model = build(family)
+    prac.compress(model, LEAN)
+    out = model(**BATCH)
+    out.loss.backward(retain_graph=True)
+    blocks = model.config.num_hidden_layers
+    assert len(decoded) == 2 * blocks
+    # A pass that stops short of the norms: their own backward does not come by.
+    last = [p for name, p in model.named_parameters() if "k_proj" in name or "c_attn.weight" in name]
+    torch.autograd.grad(out.loss, last, retain_graph=True)
+    assert len(decoded) > 2 * blocks and not any(y() is not None for y in decoded)

@@ -54,7 +54,7 @@ def agree(model: nn.Module, batch: dict[str, Tensor], config: prac.Config | None
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prediction_and_measurement_agree(family: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PRAC_COMPILE", "0")
+    monkeypatch.setenv("PRAC_KERNELS", "eager")
     model, config = prepared(family, method)
     predicted, measured = agree(model, batch_for(family), config)
     # Also by kind; what several kinds keep counts for the first, and that may be another one.
@@ -64,14 +64,14 @@ def test_prediction_and_measurement_agree(family: str, method: str, monkeypatch:
 
 @pytest.mark.parametrize("method", ["plain", "lean"])
 def test_under_autocast(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PRAC_COMPILE", "0")
+    monkeypatch.setenv("PRAC_KERNELS", "eager")
     model, config = prepared("llama", method)
     agree(model, batch_for("llama"), config, autocast=torch.bfloat16)
 
 
 @pytest.mark.parametrize("method", ["plain", "checkpoint", "paper", "lean"])
 def test_without_logits(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PRAC_COMPILE", "0")
+    monkeypatch.setenv("PRAC_KERNELS", "eager")
     model, config = prepared("llama", method)
     predicted = predict(model, batch_for("llama"), config, optimizer=None, chunked_loss=True)
     if config is None:

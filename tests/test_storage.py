@@ -8,7 +8,7 @@ from helpers import Steps, assert_mean, odd_shapes
 from torch import Tensor
 
 from prac.config import Bits
-from prac.estimators.codes import bytes_per_token, dither, layout, load, store
+from prac.estimators.codes import Codes, Coding, bytes_per_token, dither, layout, load, store
 from prac.estimators.rounded import Stored
 
 every_width = pytest.mark.parametrize("bits", [2, 4, 8])
@@ -30,14 +30,14 @@ def noise(m: int, n: int, bits: Bits, seed: int) -> tuple[Tensor, Tensor]:
 
 def again(x: Tensor, bits: Bits, seed: int | None = None) -> Tensor:
     """What comes back."""
-    tensors = store(x, bits, None if seed is None else noise(*x.shape, bits, seed))
-    return load(tensors[0], tensors[1:], bits, x.shape[1], x.dtype)
+    tensors = store(x, Coding(bits, None if seed is None else noise(*x.shape, bits, seed)))
+    return load(Codes(tensors, bits, x.shape[1]), x.dtype)
 
 
 def steps_of(x: Tensor, bits: Bits) -> Tensor:
     """The size of a step of the code at every entry, in float64."""
     group, _ = layout(x.shape[1], bits)
-    _, _, step = store(x, bits)
+    _, _, step = store(x, Coding(bits))
     return step.double().repeat_interleave(group, dim=1)[:, : x.shape[1]]
 
 
@@ -62,7 +62,7 @@ def test_bytes_are_what_was_promised(bits: int) -> None:
     """A 4-bit value takes half a byte, and a group of 64 four bytes more."""
     for n in (3, 19, 57, 97, 192, 1024, 2736):
         form = Bits(bits)
-        kept = sum(t.numel() * t.element_size() for t in store(values(5, n), form))
+        kept = sum(t.numel() * t.element_size() for t in store(values(5, n), Coding(form)))
         assert kept == 5 * bytes_per_token(n, form, 8)
     assert bytes_per_token(1024, Bits(bits), 4) == 1024 * bits // 8 + 1024 // 64 * 4
     assert bytes_per_token(100, None, 4) == bytes_per_token(100, Bits(32), 4) == 400
@@ -82,8 +82,8 @@ def test_stochastic_rounding_is_unbiased(bits: int) -> None:
     _, width = layout(37, form)
     total = torch.zeros_like(x)
     for u in (torch.arange(count, dtype=x.dtype) + 0.5) / count:
-        codes, *scales = store(x, form, (torch.full((7, 1), u), torch.zeros(width)))
-        total += load(codes, tuple(scales), form, 37, x.dtype)
+        codes, *scales = store(x, Coding(form, (torch.full((7, 1), u), torch.zeros(width))))
+        total += load(Codes((codes, *scales), form, 37), x.dtype)
     assert ((total / count - x).abs() <= steps_of(x, form) / count + 1e-12 * x.abs()).all()
     assert not ((again(x, form) - x).abs() <= steps_of(x, form) / count + 1e-12 * x.abs()).all()
 
@@ -173,12 +173,12 @@ def test_bad_settings(wrong: dict[str, object]) -> None:
 def test_the_default_dtype_and_device_of_the_process_change_nothing(bits: int, default: torch.dtype) -> None:
     """In bfloat16 a uniform number has 256 values, and rounding with it would be biased."""
     form, x, before = Bits(bits), values(7, 37, dtype=torch.float32), torch.get_default_dtype()
-    expected = store(x, form, noise(7, 37, form, seed=0))
+    expected = store(x, Coding(form, noise(7, 37, form, seed=0)))
     torch.set_default_dtype(default)
     torch.set_default_device("meta")
     try:
-        found = store(x, form, noise(7, 37, form, seed=0))
-        loaded = load(found[0], found[1:], form, 37, x.dtype)
+        found = store(x, Coding(form, noise(7, 37, form, seed=0)))
+        loaded = load(Codes(found, form, 37), x.dtype)
     finally:
         torch.set_default_dtype(before)
         torch.set_default_device(None)
@@ -192,6 +192,6 @@ def test_the_default_dtype_and_device_of_the_process_change_nothing(bits: int, d
 def test_no_rows_at_all(bits: int, n: int) -> None:
     form = Bits(bits)
     for dither_MN in (None, noise(0, n, form, seed=0)):
-        codes, *scales = store(torch.empty(0, n), form, dither_MN)
+        codes, *scales = store(torch.empty(0, n), Coding(form, dither_MN))
         assert sum(t.numel() for t in (codes, *scales)) == 0
-        assert load(codes, tuple(scales), form, n, torch.float32).shape == (0, n)
+        assert load(Codes((codes, *scales), form, n), torch.float32).shape == (0, n)

@@ -23,7 +23,7 @@ STEPS = 30
 def _work(options, out, compiled):
     """In a process of its own, forked from one that has everything imported and has computed nothing yet."""
     os.dup2(os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)  # progress bars
-    os.environ["PRAC_COMPILE"] = str(int(compiled))
+    os.environ["PRAC_KERNELS"] = "auto" if compiled else "eager"
     torch.set_num_threads(1)
     train.run(options, out, resume=True)
 

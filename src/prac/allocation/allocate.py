@@ -19,8 +19,7 @@ from prac.convert.compress import compress
 from prac.convert.conversion import Filter
 from prac.convert.example import example_for
 from prac.estimators.base import Estimator
-from prac.estimators.rounded import Stored
-from prac.estimators.subspace import Subspace
+from prac.estimators.subspace import subspaces_among
 from prac.layers import Compressed
 from prac.presets import as_config
 from prac.runtime.running import Example
@@ -231,10 +230,10 @@ def _survey(model: nn.Module, config: Config, how: dict[str, Any]) -> _Survey:
 
 
 def _keep(estimator: Estimator) -> Choice:
-    if isinstance(estimator, Subspace):
-        return estimator.rank
-    bits = estimator.bits if isinstance(estimator, Stored) else None
-    return Bits(32) if bits is None else bits
+    subspace = next(subspaces_among([estimator]), None)
+    if subspace is not None:
+        return subspace.rank
+    return Bits(32) if estimator.bits is None else estimator.bits
 
 
 def _measure(

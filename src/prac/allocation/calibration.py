@@ -16,11 +16,10 @@ from torch import Tensor
 
 from prac.config import Rank
 from prac.convert.handle import Handle
-from prac.estimators.base import Estimator, Kept, Tensors
+from prac.estimators.base import Estimator, Form, Kept
 from prac.estimators.bases import gram_matrix
 from prac.estimators.clock import Clock
-from prac.estimators.rounded import Stored
-from prac.estimators.subspace import Subspace
+from prac.estimators.codes import Tensors
 from prac.layers import Compressed, SharedNorm
 from prac.runtime import kernel
 from prac.runtime.running import Example, call, in_mode, loss_of
@@ -118,8 +117,9 @@ def _halves(x_MN: Tensor) -> tuple[Tensor, Tensor]:
     return x_MN[:half], x_MN[half:]
 
 
-class _Watched(NamedTuple):
-    """The form of what a :class:`Watch` keeps."""
+@dataclass(frozen=True, eq=False)
+class _Watched(Form):
+    """The form of what a :class:`Watch` keeps; not complete, so that each gradient is asked for by itself."""
 
     watch: Watch
 
@@ -202,7 +202,7 @@ def _watch(handle: Handle) -> list[_Place]:
     for estimator, maker in makers.items():
         if estimator not in read or maker.kind not in ("linear", "norm"):
             continue
-        grouped = isinstance(estimator, Subspace) and estimator.rank is GROUP
+        grouped = getattr(estimator, "rank", None) is GROUP
         beside = sum(_output_bytes(layers[name]) for name, kept in reads.items() if kept == [estimator])
         found[estimator] = _Place(
             Watch(estimator.clock, estimator.name), maker, maker.kind == "linear" or grouped, beside
@@ -215,7 +215,7 @@ def _watch(handle: Handle) -> list[_Place]:
 
 
 def _in_full(layer: Compressed, estimator: Estimator) -> Estimator:
-    if isinstance(estimator, Stored) and layer.kind != "attention":
+    if estimator.complete and layer.kind != "attention":
         estimator.bits = None
     else:
         layer._prac.suspended = True
@@ -225,7 +225,7 @@ def _in_full(layer: Compressed, estimator: Estimator) -> Estimator:
 def _output_bytes(layer: Compressed) -> int:
     """Bytes per token of a reader's own output, which it keeps where what it reads is at a rank."""
     outputs = layer.estimators.get("y")
-    if not isinstance(outputs, Stored) or outputs.bits is None:
+    if outputs is None or outputs.bits is None:
         return 0
     weight = layer.get_parameter("weight")
     width = layer.estimators["x"].width or getattr(layer, "in_features", 0) or weight.shape[0]

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from prac.config import Bits
 from prac.estimators.bases import TOKENS_PER_SLICE
-from prac.estimators.codes import layout, store
+from prac.estimators.codes import Coding, layout, store
 
 
 class Tails(NamedTuple):
@@ -119,10 +119,10 @@ def _rounded(x_MN: Tensor, bits: Bits) -> Tensor:
     """The variance of every value, (M, n)."""
     wide = torch.promote_types(x_MN.dtype, torch.float32)
     if bits.bits == 16:
-        return (x_MN.to(wide) - store(x_MN, bits)[0].to(wide)).square()
+        return (x_MN.to(wide) - store(x_MN, Coding(bits))[0].to(wide)).square()
     m, n = x_MN.shape
     group, width = layout(n, bits)
-    _, low_MG, step_MG = store(x_MN, bits)
+    _, low_MG, step_MG = store(x_MN, Coding(bits))
     padded_MN = torch.nn.functional.pad(x_MN.to(wide), (0, width - n))
     step_MG1, low_MG1 = step_MG.to(wide).unsqueeze(-1), low_MG.to(wide).unsqueeze(-1)
     codes_MGS = (padded_MN.reshape(m, -1, group) - low_MG1) / step_MG1.masked_fill(step_MG1 == 0, 1.0)

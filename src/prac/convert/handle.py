@@ -18,7 +18,7 @@ from prac.convert.first_batch import detach, structure_of
 from prac.convert.rows import maker_of, remarks_on, rows_of
 from prac.convert.summary import Row, table
 from prac.estimators.base import Estimator, Kept
-from prac.estimators.subspace import Subspace
+from prac.estimators.subspace import Subspace, subspaces_among
 from prac.layers import Compressed
 from prac.runtime.running import Example, call, in_mode
 
@@ -98,8 +98,8 @@ class Handle:
         subspaces = list(self.subspaces())
         if subspaces and all(s.p_NR is None for s in subspaces):
             raise RuntimeError("no subspace yet: run at least one training step first.")
-        ready = [e for e in self._estimators() if not isinstance(e, Subspace) or e.p_NR is not None]
-        draws = [(each, each.draws) for e in ready for each in ([e, e.storage] if isinstance(e, Subspace) else [e])]
+        ready = [e for e in self._estimators() if e.is_ready]
+        draws = [(each, each.draws) for e in ready for each in (e, *e.inside)]
         for estimator in ready:
             estimator.observer = functools.partial(look, estimator)
         try:
@@ -185,7 +185,7 @@ class Handle:
 
     def subspaces(self) -> Iterator[Subspace]:
         """Every subspace, once."""
-        yield from (e for e in self._estimators() if isinstance(e, Subspace))
+        yield from subspaces_among(self._estimators())
 
 
 def squares(x: Tensor, kept: Kept) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from prac.layers.marks import may_be_kept, remark, saving_hooks
-from prac.ops.attention import why_not
+from prac.ops.attention import Call, choose
 from prac.runtime.quiet import quietly, without_node
 from prac.runtime.running import running, tensors_in
 from prac.runtime.under_way import UnderWay
@@ -260,9 +260,9 @@ def _widths(
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> tuple[int, int, int] | str:  # fmt: skip
     """Features of q, k and v, all heads together, or why prac cannot stand in for this call."""
-    why = why_not(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
-    if why:
-        return why
+    chosen = choose(Call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa))
+    if isinstance(chosen, str):
+        return chosen
     q, k, v = (t.shape[1] * t.shape[3] for t in (query, key, value))
     return q, k, v
 

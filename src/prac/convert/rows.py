@@ -13,7 +13,6 @@ from prac.convert.conversion import Conversion
 from prac.convert.plan import INSIDE
 from prac.convert.summary import Row, is_leaf, why_left
 from prac.estimators.base import Estimator
-from prac.estimators.rounded import Stored
 from prac.layers import Compressed, Match, Source, recognise
 
 ADDED = "added or changed since: stays in full"
@@ -150,7 +149,7 @@ class _Rows:
         assert weight is not None
         width = layer.estimators["x"].width or getattr(layer, "in_features", 0) or weight.shape[0]
         outputs, after = layer.estimators.get("y"), 0
-        if isinstance(outputs, Stored) and outputs.bits is not None:
+        if outputs is not None and outputs.bits is not None:
             outputs.width = weight.numel() // width
             after = outputs.bytes_per_token(dtype.itemsize)
         # A module is called by its own name where it is the parent, as an MLP is of its down projection.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prac.estimators.base import Estimator
 from prac.estimators.clock import Clock
-from prac.estimators.subspace import Subspace
+from prac.estimators.subspace import subspaces_among
 from prac.layers import Compressed
 from prac.runtime import files
 from prac.runtime.processes import process
@@ -25,7 +25,7 @@ def state_of(model: nn.Module, clock: Clock) -> dict[str, Any]:
     return {
         "step": clock.step,
         "shared": {n: {t: e.name for t, e in layer.estimators.items()} for n, layer in layers.items()},
-        "subspaces": {e.name: e.state_dict() for e in _estimators(layers) if isinstance(e, Subspace)},
+        "subspaces": {e.name: e.state_dict() for e in subspaces_among(_estimators(layers))},
     }
 
 
@@ -48,9 +48,8 @@ def take_up(state: dict[str, Any], model: nn.Module, clock: Clock) -> None:
         raise ValueError(f"the saved state has subspaces that this model lacks: {', '.join(missing[:5])}.")
     for name, layer in layers.items():
         layer.estimators = {tensor: by_name[leader] for tensor, leader in state["shared"][name].items()}
-    for estimator in _estimators(layers):
-        if isinstance(estimator, Subspace):
-            estimator.load_state_dict(state["subspaces"][estimator.name])
+    for subspace in subspaces_among(_estimators(layers)):
+        subspace.load_state_dict(state["subspaces"][subspace.name])
     clock.step = state["step"]
 
 
@@ -61,8 +60,7 @@ def layers_of(model: nn.Module) -> dict[str, Compressed]:
 
 def subspaces_of(model: nn.Module) -> list[Tensor]:
     """Every P, which exists once however large the batch."""
-    found = (e for e in _estimators(layers_of(model)) if isinstance(e, Subspace))
-    return [subspace.p_NR for subspace in found if subspace.p_NR is not None]
+    return [s.p_NR for s in subspaces_among(_estimators(layers_of(model))) if s.p_NR is not None]
 
 
 def _estimators(layers: dict[str, Compressed]) -> Iterator[Estimator]:

@@ -10,28 +10,39 @@ import copy
 import hashlib
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from prac.config import Bits
 from prac.estimators.clock import Clock
+from prac.estimators.codes import Codes, Coding, Tensors
 from prac.runtime.autocast import without_autocast
 from prac.runtime.processes import process
 
-Tensors = tuple[Tensor, ...]
 
+class Form:
+    """What kept tensors stand for. Holds nothing that grows with the number of tokens.
 
-class Form(Protocol):
-    """What kept tensors stand for. Holds nothing that grows with the number of tokens."""
+    Attributes:
+        complete: whether every direction of the tensor is there, with no error but that of rounding.
+    """
+
+    complete: ClassVar[bool] = False
 
     def reconstruct(self, tensors: Tensors) -> Tensor:
         """The estimate of the tensor kept, (M, n)."""
-        ...
+        raise NotImplementedError
 
     def weight_grad(self, dy_MO: Tensor, tensors: Tensors) -> Tensor:
         """The estimate of ``dyᵀ x``, (O, n)."""
-        ...
+        return dy_MO.mT @ self.reconstruct(tensors).to(dy_MO.dtype)
+
+    def codes(self, tensors: Tensors) -> Codes:
+        """The tensor as kernels read it; written as it is where they cannot read what is kept."""
+        x_MN = self.reconstruct(tensors)
+        return Codes((x_MN,), None, x_MN.shape[1])
 
 
 class Kept(NamedTuple):
@@ -65,6 +76,14 @@ class _Last(NamedTuple):
 class Estimator:
     """Compresses one activation, or one activation shared by several layers.
 
+    Attributes:
+        complete: whether what it keeps is (:attr:`Form.complete`).
+        bits: in which it keeps a tensor; None in its own dtype.
+        width: n, once it is known.
+        kept_in: the dtype in which it took what it kept last.
+        observer: called with each tensor that is kept and what is kept of it; nothing is refreshed meanwhile.
+        refreshes: how often it made a basis anew.
+
     Args:
         clock: counts the optimizer steps.
         name: of the layer, for messages and for the seed.
@@ -73,11 +92,15 @@ class Estimator:
             independent and averages out.
     """
 
+    complete: ClassVar[bool] = False
+
     def __init__(self, clock: Clock, *, name: str = "", seed: int = 0) -> None:
         self.clock, self.name, self.seed = clock, name, seed
+        self.bits: Bits | None = None
         self.width: int | None = None
-        self.kept_in: torch.dtype | None = None  # the dtype in which it took what it kept last
+        self.kept_in: torch.dtype | None = None
         self.observer: Callable[[Tensor, Kept], None] | None = None
+        self.refreshes = 0
         self.draws = (0, 0)  # the step, and how often it drew in it
         self._last: _Last | None = None
 
@@ -102,6 +125,31 @@ class Estimator:
     def compress(self, x_MN: Tensor, dtype: torch.dtype) -> Kept:
         """What :meth:`keep` does where it remembers nothing."""
         raise NotImplementedError
+
+    def coding(self, m: int, n: int, device: torch.device) -> Coding | None:
+        """How a kernel is to write m × n values as this estimator would keep them; None where it cannot."""
+        return None
+
+    def kept(self, tensors: Tensors, n: int, dtype: torch.dtype, x: Callable[[], Tensor]) -> Kept:
+        """What a kernel wrote by :meth:`coding`, with how to read it; ``x`` gives the tensor itself to an observer."""
+        kept = self.written(tensors, n, dtype)
+        if self.observer is not None:
+            self.observer(x(), kept)
+        return kept
+
+    def written(self, tensors: Tensors, n: int, dtype: torch.dtype) -> Kept:
+        """The same, unobserved."""
+        raise NotImplementedError
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can keep a tensor without making a basis first."""
+        return True
+
+    @property
+    def inside(self) -> tuple[Estimator, ...]:
+        """Those by which it keeps what it makes."""
+        return ()
 
     def label(self) -> str:
         """How it keeps, in a few words."""

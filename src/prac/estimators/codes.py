@@ -26,6 +26,8 @@ not as neighbours do: that keeps reads and writes in order for vector units.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,22 @@ from prac.config import Bits
 Tensors = tuple[Tensor, ...]
 # One number per token and one per feature; their sum modulo 1 is u.
 Dither = tuple[Tensor, Tensor]
+
+
+class Coding(NamedTuple):
+    """How a tensor is to be written: in ``bits``, None for as it is; without ``dither`` rounded to the nearest code."""
+
+    bits: Bits | None
+    dither: Dither | None = None
+
+
+class Codes(NamedTuple):
+    """A tensor (M, n) as it was written."""
+
+    tensors: Tensors
+    bits: Bits | None
+    n: int
+
 
 PER_GROUP_BYTES = 4  # low and step
 
@@ -80,13 +98,14 @@ def dither(m: int, n: int, bits: Bits, device: torch.device, generator: torch.Ge
     return u[:m, None], u[m:]
 
 
-def store(x_MN: Tensor, bits: Bits | None, dither: Dither | None = None) -> Tensors:
-    """Round ``x_MN`` to ``bits``; without ``dither`` to the nearest code. None keeps x itself.
+def store(x_MN: Tensor, coding: Coding) -> Tensors:
+    """Write ``x_MN``.
 
     Returns:
         codes (M, n · bits / 8) in uint8, low and step (M, groups) in bfloat16; or x alone, in
         bfloat16 where bits = 16. Zeros stay zeros; NaN and Inf come back as NaN or Inf.
     """
+    bits, dither = coding
     if bits is None or bits.bits == 32:
         return (x_MN,)
     if bits.bits == 16:
@@ -112,8 +131,9 @@ def store(x_MN: Tensor, bits: Bits | None, dither: Dither | None = None) -> Tens
     return _pack(codes_MN, bits.bits), low_MG, step_MG
 
 
-def load(codes_MB: Tensor, scales: Tensors, bits: Bits | None, n: int, dtype: torch.dtype) -> Tensor:
-    """The inverse of :func:`store`, of its first tensor and its others: (M, n) in ``dtype``."""
+def load(codes: Codes, dtype: torch.dtype) -> Tensor:
+    """The inverse of :func:`store`: (M, n) in ``dtype``."""
+    (codes_MB, *scales), bits, n = codes
     if bits is None or bits.bits >= 16:
         return codes_MB.to(dtype)
     low_MG, step_MG = scales

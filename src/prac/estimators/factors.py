@@ -14,18 +14,20 @@ makes up for what is outside of Q.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from prac.config import Factors
-from prac.estimators.base import Estimator, Kept, Tensors
+from prac.estimators.base import Estimator, Form, Kept
 from prac.estimators.clock import Clock
+from prac.estimators.codes import Tensors
 from prac.optim.factored import FactoredGradient
 
 
-class Product(NamedTuple):
+@dataclass(frozen=True)
+class Decomposition(Form):
     """The form of ``left_MR @ right_NR.T``."""
 
     factored: bool
@@ -80,7 +82,7 @@ class Decomposed(Estimator):
         else:
             left_MR = self._basis(x_MN.mT)
             right_NR = x_MN.mT @ left_MR
-        return Kept((left_MR, right_NR), Product(self.factored))
+        return Kept((left_MR, right_NR), Decomposition(self.factored))
 
     def _basis(self, x_TS: Tensor) -> Tensor:
         """An orthonormal basis (S, r) of about the leading right singular vectors of a tall matrix (T, S)."""

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from prac.config import Bits
-from prac.estimators.base import Estimator, Kept, Tensors
+from prac.estimators.base import Estimator, Form, Kept
 from prac.estimators.clock import Clock
-from prac.estimators.codes import Dither, bytes_per_token, dither, load, store
+from prac.estimators.codes import Codes, Coding, Tensors, bytes_per_token, dither, load, store
 from prac.runtime.kernel import fused
 
 _store, _load = fused(store), fused(load)
 
 
-class Rounded(NamedTuple):
+@dataclass(frozen=True)
+class Rounded(Form):
     """The form of a tensor of n features rounded to ``bits`` (None: kept as it is)."""
 
+    complete: ClassVar[bool] = True
     bits: Bits | None
     n: int
     dtype: torch.dtype
 
     def reconstruct(self, tensors: Tensors) -> Tensor:
         """The tensor, rounded, (M, n)."""
-        return _load(tensors[0], tensors[1:], self.bits, self.n, self.dtype)
+        return _load(self.codes(tensors), self.dtype)
 
-    def weight_grad(self, dy_MO: Tensor, tensors: Tensors) -> Tensor:
-        """``dyᵀ x̃``, (O, n): as unbiased as the rounding."""
-        return dy_MO.mT @ self.reconstruct(tensors).to(dy_MO.dtype)
+    def codes(self, tensors: Tensors) -> Codes:
+        """The tensor as it was written."""
+        return Codes(tensors, self.bits, self.n)
 
 
 def by_reference(x: Tensor, dtype: torch.dtype) -> Kept:
@@ -49,6 +52,8 @@ class Stored(Estimator):
         clock, name, seed: as for :class:`prac.estimators.base.Estimator`.
     """
 
+    complete: ClassVar[bool] = True
+
     def __init__(
         self,
         bits: Bits | None,
@@ -65,18 +70,18 @@ class Stored(Estimator):
     def compress(self, x_MN: Tensor, dtype: torch.dtype) -> Kept:
         """Round (M, n)."""
         m, n = x_MN.shape
-        return self.kept(_store(x_MN.to(dtype), self.bits, self.noise(m, n, x_MN.device)), n, dtype)
+        return self.written(_store(x_MN.to(dtype), self.coding(m, n, x_MN.device)), n, dtype)
 
-    def kept(self, tensors: Tensors, n: int, dtype: torch.dtype) -> Kept:
+    def coding(self, m: int, n: int, device: torch.device) -> Coding:
+        """The bits; with fresh random numbers for m × n values unless rounding is to nearest."""
+        if not self.unbiased or self.bits is None or self.bits.bits >= 16:
+            return Coding(self.bits)
+        return Coding(self.bits, dither(m, n, self.bits, device, self.next_generator(device)))
+
+    def written(self, tensors: Tensors, n: int, dtype: torch.dtype) -> Kept:
         """What :func:`prac.estimators.codes.store` returned, with how to read it."""
         self.width, self.kept_in = n, dtype
         return Kept(tensors, Rounded(self.bits, n, dtype))
-
-    def noise(self, m: int, n: int, device: torch.device) -> Dither | None:
-        """Fresh random numbers for m × n values; None where rounding is to nearest."""
-        if not self.unbiased or self.bits is None or self.bits.bits >= 16:
-            return None
-        return dither(m, n, self.bits, device, self.next_generator(device))
 
     def label(self) -> str:
         """``4 bits``."""

@@ -19,28 +19,31 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from prac.config import Rank
-from prac.estimators.base import Estimator, Kept, Tensors
+from prac.estimators.base import Estimator, Form, Kept
 from prac.estimators.bases import gram_matrix, principal_basis, projection
 from prac.estimators.clock import Clock
-from prac.estimators.codes import bytes_per_token
-from prac.estimators.rounded import Rounded, Stored
+from prac.estimators.codes import Tensors, bytes_per_token
+from prac.estimators.rounded import Stored
 from prac.optim.factored import FactoredGradient
 from prac.runtime.autocast import without_autocast
 from prac.runtime.fake import is_fake
 from prac.runtime.warn import warn
 
 
-class Projected(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Projected(Form):
     """The form of Z = X P, itself kept as ``z`` says."""
 
     p_NR: Tensor
-    z: Rounded
+    z: Form
     factored: bool = False
 
     def reconstruct(self, tensors: Tensors) -> Tensor:
@@ -96,7 +99,6 @@ class Subspace(Estimator):
         self.rank, self.T1, self.T2, self.growth, self.factored = rank, T1, T2, growth, factored
         self.storage = Stored(rank.bits, clock, unbiased=True, name=f"{name}/Z", seed=seed)
         self.p_NR: Tensor | None = None
-        self.refreshes = 0
         # The optimizer steps at which Q1 and Q2 were last updated.
         self._q1_step = self._q2_step = -1
         self._warned = False
@@ -211,8 +213,17 @@ class Subspace(Estimator):
             self.update(x_MN)
         p_NR = self._basis(x_MN.device, dtype)
         tensors, z = self.storage.compress(x_MN.to(dtype) @ p_NR, dtype)
-        assert isinstance(z, Rounded)
         return Kept(tensors, Projected(p_NR, z, self.factored))
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is a P."""
+        return self.p_NR is not None
+
+    @property
+    def inside(self) -> tuple[Estimator, ...]:
+        """That of Z."""
+        return (self.storage,)
 
     def _basis(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         if self.p_NR is None:  # no token yet to make one of; and none to keep, for which any will do
@@ -262,3 +273,8 @@ class Subspace(Estimator):
         assert isinstance(twin, Subspace)
         twin.storage = copy.deepcopy(self.storage, memo)
         return twin
+
+
+def subspaces_among(estimators: Iterable[Estimator]) -> Iterator[Subspace]:
+    """Those of them that keep a subspace."""
+    return (each for each in estimators if isinstance(each, Subspace))

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from prac.config import Kind
-from prac.estimators.rounded import Stored
 from prac.layers.alike import distances
 from prac.layers.base import Compressed, trained
 from prac.layers.marks import mark
@@ -52,7 +51,7 @@ class ElementWise(Compressed):
             return self._idle(x)
         estimator, function = self.estimators["x"], self._prac.match.facts
         h = activation(x, function, estimator, compute=self._original)
-        return mark(h, activated(estimator.keep(x), function)) if isinstance(estimator, Stored) else h
+        return mark(h, activated(estimator.keep(x), function)) if estimator.complete else h
 
 
 def function_of(module: nn.Module, device: torch.device | None = None) -> Activation | None:

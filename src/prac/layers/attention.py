@@ -11,12 +11,11 @@ from torch.overrides import TorchFunctionMode
 
 from prac.config import Kind
 from prac.estimators.base import Estimator
-from prac.estimators.rounded import Stored
 from prac.layers.base import TRANSFORMED, Compressed, is_transformed
 from prac.layers.marks import mark
 from prac.layers.record import Match
 from prac.layers.way import Difference
-from prac.ops.attention import attention, enough, why_not
+from prac.ops.attention import Call, attention, choose, enough
 from prac.runtime.autocast import autocast_dtype
 from prac.runtime.fake import is_fake
 
@@ -51,7 +50,7 @@ class Attention(Compressed):
         """
         record, q, k = self._prac, self.estimators["q"], self.estimators["k"]
         step = q.clock.step
-        if step >= record.due and not is_fake(query) and isinstance(q, Stored) and isinstance(k, Stored):
+        if step >= record.due and not is_fake(query):
             record.due = max(1, 2 * step)
             q.bits = k.bits = enough(query, key, scale, record.match.facts)
         return self.estimators
@@ -83,12 +82,13 @@ def _attend(
 ) -> Tensor:
     """``F.scaled_dot_product_attention``, with its signature."""
     wanted = any(t.requires_grad for t in (query, key, value))
-    why = why_not(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) if wanted else ""
+    call = Call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    backend = choose(call) if wanted else ""
     if not wanted:
         layer.keep_nothing()
-    elif why:
-        layer.depart(f"{why}: {layer.in_full}", "in full")
-    if why or not wanted:
+    elif isinstance(backend, str):
+        layer.depart(f"{backend}: {layer.in_full}", "in full")
+    if isinstance(backend, str):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -96,7 +96,7 @@ def _attend(
     layer._prac.keys_per_query = key.shape[-2] / query.shape[-2]
     out, kept = attention(
         query, key, value, layer.enough_bits(query, key, scale),
-        mask=attn_mask, dropout=dropout_p, causal=is_causal, scale=scale, gqa=enable_gqa,
+        mask=attn_mask, dropout=dropout_p, causal=is_causal, scale=scale, gqa=enable_gqa, backend=backend,
     )  # fmt: skip
     return mark(out, kept, width=out.shape[1] * out.shape[3])
 

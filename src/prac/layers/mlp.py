@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from prac.config import Kind
-from prac.estimators.base import Tensors
-from prac.estimators.rounded import Stored
 from prac.layers.base import Compressed, is_hooked, trained
 from prac.layers.linear import Linear
 from prac.layers.marks import mark, source_of
@@ -81,7 +79,7 @@ class MLP(Compressed):
             is_hooked(child) or "forward" in vars(child) or type(child).__call__ is not nn.Module.__call__
             for child in self.children()
         )
-        return isinstance(self.estimators["gate"], Stored) and ours and alone
+        return self.estimators["gate"].complete and ours and alone
 
     def _parameters_ON(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         layer = self.get_submodule(name)
@@ -90,27 +88,11 @@ class MLP(Compressed):
         return layer.parameters_ON()
 
     def _from_norm(self, x: Tensor, normed: Normed) -> Tensor:
-        roles, keep = self._prac.match.facts.roles, self.estimators["gate"]
-        assert isinstance(keep, Stored)
-        dtype = autocast_dtype(x)
+        roles, dtype = self._prac.match.facts.roles, autocast_dtype(x)
         into, down = [self._parameters_ON(name, dtype) for name in roles.into], self._parameters_ON(roles.down, dtype)
-        for estimator in self.estimators.values():
-            estimator.kept_in = dtype
-        shape = {"is_gated": roles.gated, "gate_first": roles.gate_first}
-        seen = None if keep.observer is None else self._observer()
-        y = norm_mlp(x, normed, into, down, roles.function.name, keep.bits, **shape, seen=seen)
+        keep = [self.estimators[name] for name in (("gate", "up") if roles.gated else ("gate",))]
+        y = norm_mlp(x, normed, into, down, roles.function.name, keep, gate_first=roles.gate_first)
         return self._drop(y)
-
-    def _observer(self) -> Callable[[Tensor, Tensors], None]:
-        """Passes what the one operation keeps of g, and then of u, on to whoever observes them."""
-        estimators = iter(self.estimators.values())
-
-        def seen(z_MK: Tensor, tensors: Tensors) -> None:
-            estimator = next(estimators)
-            if isinstance(estimator, Stored) and estimator.observer is not None:
-                estimator.observer(z_MK, estimator.kept(tensors, z_MK.shape[1], z_MK.dtype))
-
-        return seen
 
     def _drop(self, y: Tensor) -> Tensor:
         dropout = self._prac.match.facts.roles.dropout
@@ -141,7 +123,7 @@ class MLP(Compressed):
 
     def _is_rounded(self) -> bool:
         """Whether from what is kept the output can be had again, as a linear layer needs it."""
-        return all(isinstance(estimator, Stored) for estimator in self.estimators.values())
+        return all(estimator.complete for estimator in self.estimators.values())
 
 
 def function_in(module: nn.Module, roles: Roles) -> Callable[[Tensor], Tensor]:

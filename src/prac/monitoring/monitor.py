@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from prac.convert.handle import Handle, squares
 from prac.estimators.base import Estimator, Kept
-from prac.estimators.subspace import Subspace
 from prac.layers import Compressed
 from prac.memory import track_kept
 from prac.monitoring.readings import LayerStats, Reading
@@ -163,7 +162,7 @@ class Monitor:
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
-        refreshes = sum(e.refreshes for e in errors if isinstance(e, Subspace))
+        refreshes = sum(e.refreshes for e in errors)
         return Reading(self._step, found.total, refreshes, tuple(self._layers(found.by_module, errors, gradients)))
 
     def _exact(self, call: Call, parameters: list[nn.Parameter]) -> dict[nn.Parameter, float] | None:
@@ -208,7 +207,7 @@ class Monitor:
                 row.what,
                 row.rank,
                 kept.get(row.name, 0),
-                sum(e.refreshes for e in estimators if isinstance(e, Subspace)),
+                sum(e.refreshes for e in estimators),
                 _ratio([errors[e] for e in estimators if e in errors]),
                 _ratio(own),
             )

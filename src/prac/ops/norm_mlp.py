@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prac.config import Bits
-from prac.estimators.base import Kept, Tensors
+from prac.estimators.base import Estimator, Kept
+from prac.estimators.codes import Coding
 from prac.ops import kernels
 from prac.ops.function import Gradients, apply, backward, cast, save, saved, shaped
 from prac.ops.shared_norm import Normed, scalars_grad
@@ -25,15 +26,13 @@ def norm_mlp(
     into: Sequence[Parameters],
     down: Parameters,
     function: str,
-    bits: Bits | None,
+    keep: Sequence[Estimator],
     *,
-    is_gated: bool,
     gate_first: bool = True,
-    seen: Callable[[Tensor, Tensors], None] | None = None,
 ) -> Tensor:
     """``f(g) u Wᵀ + b``, or ``f(a) Wᵀ + b``, with g, u and a linear in a norm's output.
 
-    Has y from the norm's x̂, and keeps g and u, or a, in ``bits``, rounded to nearest since f follows. The
+    Has y from the norm's x̂, and keeps g and u, or a, in few bits, rounded to nearest since f follows. The
     hidden h = f(g) u is computed again from them for the gradient of ``down``, and so is the
     exact scalar of the norm. The output is exact. The gradients are those at the rounded g and u:
     off by about the rounding's own relative error (half a percent for 8 bits, 9% for 4) on the part
@@ -45,14 +44,11 @@ def norm_mlp(
         into: weight and bias of gate and up, of one layer for both, or of the one layer of an MLP without gate.
         down: weight (o, k) and bias.
         function: a name in :data:`prac.ops.ACTIVATIONS`.
-        bits: of g and u, or a; None keeps them in full.
-        is_gated: whether there is a product.
+        keep: estimators of g and u, or the one of a where there is no product; kernels can write for them.
         gate_first: where one layer gives both, whether the gate is its first half.
-        seen: called with g, and what is kept of it, and then with u.
     """
     flat = [t for layer in (*into, down) for t in layer]
-    setting = (function, bits, is_gated, gate_first, seen)
-    return apply(_NormMLP, y, normed.scalars_M2, normed.kept(autocast_dtype(y)), setting, *flat)
+    return apply(_NormMLP, y, normed.scalars_M2, normed.kept(autocast_dtype(y)), (function, keep, gate_first), *flat)
 
 
 class _NormMLP(torch.autograd.Function):
@@ -62,10 +58,11 @@ class _NormMLP(torch.autograd.Function):
         y: Tensor,
         scalars_M2: Tensor | None,
         kept: Kept,
-        setting: tuple[str, Bits | None, bool, bool, Callable[[Tensor, Tensors], None] | None],
+        setting: tuple[str, Sequence[Estimator], bool],
         *layers: Any,  # weights and biases in turn
     ) -> Tensor:
-        function, bits, is_gated, gate_first, seen = setting
+        function, keep, gate_first = setting
+        is_gated = len(keep) == 2
         weights, biases = layers[::2], layers[1::2]
         dtype = autocast_dtype(y)
         with without_autocast(y.device.type):
@@ -74,37 +71,40 @@ class _NormMLP(torch.autograd.Function):
             if len(zs) < 1 + is_gated:
                 zs = list(_halves(zs[0], gate_first))
             kernel = kernels.gated if is_gated else kernels.activated
-            h_MK, *stored = kernel(*zs, function, bits)
-            if seen is not None:
-                for z_MK, its in zip(zs, stored, strict=True):
-                    seen(z_MK, its)
+            m, k = zs[0].shape
+            h_MK, *written = kernel(*zs, function, *(each.coding(m, k, y.device) or Coding(None) for each in keep))
+            hidden = [
+                each.kept(tensors, k, dtype, functools.partial(zs.__getitem__, i))
+                for i, (each, tensors) in enumerate(zip(keep, written, strict=True))
+            ]
             del zs
             out = F.linear(h_MK, weights[-1].to(dtype), cast(biases[-1], dtype))
         exact = scalars_M2 is not None
         save(
-            ctx, kept=kept.tensors, g=stored[0], u=stored[1] if is_gated else (), weights=weights,
+            ctx, kept=kept.tensors, g=hidden[0].tensors, u=hidden[1].tensors if is_gated else (), weights=weights,
             biases=biases if exact else (),
         )  # fmt: skip
-        ctx.exact, ctx.setting, ctx.form, ctx.shape, ctx.dtype = exact, setting[:4], kept.form, y.shape, y.dtype
+        ctx.exact, ctx.function, ctx.gate_first, ctx.shape, ctx.dtype = exact, function, gate_first, y.shape, y.dtype
+        ctx.form, ctx.hidden = kept.form, [each.form for each in hidden]
         ctx.biases = [None if b is None else b.dtype for b in biases]
         return shaped(out, y.shape)
 
     @backward
     def backward(ctx: Any, dout: Tensor) -> Gradients:
         tensors = saved(ctx)
-        function, bits, is_gated, gate_first = ctx.setting
         needs_down, needs_down_bias = ctx.needs_input_grad[-2:]
         dout_MO = dout.reshape(-1, dout.shape[-1])
         *into, down_OK = tensors["weights"]
         dh_MK = dout_MO @ down_OK.to(dout.dtype)
-        if is_gated:
-            h_MK, dg_MK, du_MK, scalar_M1 = kernels.gated_backward(
-                dh_MK, tensors["g"], tensors["u"], bits, function, ctx.exact
-            )
-            rows = [dg_MK, du_MK] if len(into) == 2 else [torch.cat([dg_MK, du_MK][:: 1 if gate_first else -1], dim=1)]
+        hidden = [form.codes(tensors[name]) for form, name in zip(ctx.hidden, ("g", "u"), strict=False)]
+        if len(hidden) == 2:
+            h_MK, dg_MK, du_MK, scalar_M1 = kernels.gated_backward(dh_MK, *hidden, ctx.function, ctx.exact)
+            both = [dg_MK, du_MK] if ctx.gate_first else [du_MK, dg_MK]
+            rows = [dg_MK, du_MK] if len(into) == 2 else [torch.cat(both, dim=1)]
+            del both
             del dg_MK, du_MK
         else:
-            h_MK, da_MK, scalar_M1 = kernels.activated_backward(dh_MK, tensors["g"], bits, function, ctx.exact)
+            h_MK, da_MK, scalar_M1 = kernels.activated_backward(dh_MK, *hidden, ctx.function, ctx.exact)
             rows = [da_MK]
             del da_MK
         del dh_MK

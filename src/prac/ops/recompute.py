@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from prac.estimators.base import Form, Kept, Tensors
+from prac.estimators.base import Form, Kept
+from prac.estimators.codes import Tensors
 from prac.ops.elementwise import Activation
 
 
-class Activated(NamedTuple):
+@dataclass(frozen=True)
+class Activated(Form):
     """The form of ``f(x)`` where x is what is kept."""
 
     x: Form
@@ -20,12 +22,9 @@ class Activated(NamedTuple):
         """``f(x̃)``, (M, n)."""
         return self.function.forward(self.x.reconstruct(tensors))
 
-    def weight_grad(self, dy_MO: Tensor, tensors: Tensors) -> Tensor:
-        """``dyᵀ f(x̃)``, (O, n)."""
-        return dy_MO.mT @ self.reconstruct(tensors).to(dy_MO.dtype)
 
-
-class Product(NamedTuple):
+@dataclass(frozen=True)
+class Product(Form):
     """The form of ``f(g) u`` where g and u are what is kept, g in the first ``split`` tensors."""
 
     g: Form
@@ -37,10 +36,6 @@ class Product(NamedTuple):
         """``f(g̃) ũ``, (M, n)."""
         g_MN = self.g.reconstruct(tensors[: self.split])
         return self.function.forward(g_MN) * self.u.reconstruct(tensors[self.split :])
-
-    def weight_grad(self, dy_MO: Tensor, tensors: Tensors) -> Tensor:
-        """``dyᵀ (f(g̃) ũ)``, (O, n)."""
-        return dy_MO.mT @ self.reconstruct(tensors).to(dy_MO.dtype)
 
 
 def activated(kept: Kept, function: Activation) -> Kept:

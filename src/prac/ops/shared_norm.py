@@ -18,13 +18,15 @@ else reads y, or a hook changed g), c comes from x̃.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from prac.estimators.base import Estimator, Form, Kept, Tensors
-from prac.estimators.rounded import Rounded, Stored
+from prac.estimators.base import Estimator, Form, Kept
+from prac.estimators.codes import Coding, Tensors
 from prac.ops import kernels
 from prac.ops.function import Gradients, apply, backward, cast, save, saved, shaped
 from prac.runtime.autocast import without_autocast
@@ -42,7 +44,29 @@ class Norm(NamedTuple):
         return None if weight_N is None else weight_N.detach().to(dtype) + self.offset
 
 
-class Affine(NamedTuple):
+class Decoded:
+    """A norm's output as the first of its readers had it again in backward, for those that come after it.
+
+    Held until the norm's own backward begins, which comes after theirs, or else until the pass ends.
+    """
+
+    def __init__(self) -> None:
+        self._y_MN: Tensor | None = None
+
+    def get(self, dtype: torch.dtype, make: Callable[[], Tensor]) -> Tensor:
+        """The output in ``dtype``, (M, n)."""
+        if self._y_MN is None or self._y_MN.dtype != dtype:
+            self._y_MN = make()
+            torch.autograd.Variable._execution_engine.queue_callback(self.forget)
+        return self._y_MN
+
+    def forget(self) -> None:
+        """Let go of it."""
+        self._y_MN = None
+
+
+@dataclass(frozen=True, eq=False)
+class Affine(Form):
     """The form of ``y = γ x̂ + β`` where x̂ is what is kept. Its last tensors are γ and β, those that there are."""
 
     xhat: Form
@@ -50,6 +74,12 @@ class Affine(NamedTuple):
     weight: bool
     bias: bool
     dtype: torch.dtype
+    decoded: Decoded
+
+    @property
+    def complete(self) -> bool:  # type: ignore[override]
+        """As x̂ is."""
+        return self.xhat.complete
 
     def _split(self, tensors: Tensors, dtype: torch.dtype) -> tuple[Tensors, Tensor | None, Tensor | None]:
         count = len(tensors) - self.weight - self.bias
@@ -59,25 +89,17 @@ class Affine(NamedTuple):
     def reconstruct(self, tensors: Tensors) -> Tensor:
         """``γ x̃ + β``, (M, n)."""
         kept, weight_N, bias_N = self._split(tensors, torch.promote_types(self.dtype, torch.float32))
-        kept, bits = encoded(Kept(kept, self.xhat))
-        n = self.xhat.n if isinstance(self.xhat, Rounded) else kept[0].shape[1]
-        return kernels.read_normalised(kept[0], kept[1:], bits, n, weight_N, bias_N, self.dtype)
+        return kernels.read_normalised(self.xhat.codes(kept), weight_N, bias_N, self.dtype)
 
     def weight_grad(self, dy_MO: Tensor, tensors: Tensors) -> Tensor:
         """``dyᵀ (γ x̃ + β)``, (O, n)."""
-        if isinstance(self.xhat, Rounded):
-            return dy_MO.mT @ self.reconstruct(tensors).to(dy_MO.dtype)
+        if self.complete:
+            y_MN = self.decoded.get(self.dtype, lambda: self.reconstruct(tensors))
+            return dy_MO.mT @ y_MN.to(dy_MO.dtype)
         kept, weight_N, bias_N = self._split(tensors, dy_MO.dtype)
         dw_ON = self.xhat.weight_grad(dy_MO, kept)
         dw_ON = dw_ON if weight_N is None else dw_ON * weight_N
         return dw_ON if bias_N is None else dw_ON.addr_(dy_MO.sum(0), bias_N)
-
-
-def encoded(kept: Kept) -> tuple[Tensors, Any]:
-    """The kept tensor as :func:`prac.estimators.codes.store` leaves it: rounded ones as they are, others rebuilt."""
-    if isinstance(kept.form, Rounded):
-        return kept.tensors, kept.form.bits
-    return (kept.reconstruct(),), None
 
 
 class Normed(NamedTuple):
@@ -89,11 +111,12 @@ class Normed(NamedTuple):
     xhat: Kept
     # (M, 2), the norm's second output, for readers that bring the exact c; None where c comes from x̃.
     scalars_M2: Tensor | None
+    decoded: Decoded
 
     def kept(self, dtype: torch.dtype) -> Kept:
         """What is kept of y itself, to be read in ``dtype``."""
         affine = tuple(t for t in (self.weight, self.bias) if t is not None)
-        form = Affine(self.xhat.form, self.norm, self.weight is not None, self.bias is not None, dtype)
+        form = Affine(self.xhat.form, self.norm, self.weight is not None, self.bias is not None, dtype, self.decoded)
         return Kept((*self.xhat.tensors, *affine), form)
 
 
@@ -114,8 +137,9 @@ def normalise(
         y (..., n), equal to the norm's own to rounding.
     """
     kept: list[Kept] = []
-    y, scalars_M2 = apply(_Normed, x, weight_N, bias_N, norm, estimator, dtype, kept)
-    return y, Normed(norm, weight_N, bias_N, kept[0], scalars_M2)
+    decoded = Decoded()
+    y, scalars_M2 = apply(_Normed, x, weight_N, bias_N, norm, estimator, dtype, kept, decoded)
+    return y, Normed(norm, weight_N, bias_N, kept[0], scalars_M2, decoded)
 
 
 class _Normed(torch.autograd.Function):
@@ -129,49 +153,50 @@ class _Normed(torch.autograd.Function):
         estimator: Estimator,
         dtype: torch.dtype,
         kept_out: list[Kept],
+        decoded: Decoded,
     ) -> tuple[Tensor, Tensor | None]:
         x_MN = x.reshape(-1, x.shape[-1])
         m, n = x_MN.shape
         wide = torch.promote_types(x.dtype, torch.float32)
-        stored = estimator if isinstance(estimator, Stored) else None
-        bits, noise = (stored.bits, stored.noise(m, n, x.device)) if stored else (None, None)
+        coding = estimator.coding(m, n, x.device)
         with without_autocast(x.device.type):
             y_MN, rho_M1, tensors = kernels.normalise(
-                x_MN, norm.scale(weight_N, wide), cast(bias_N, wide), norm.eps, norm.centered, dtype, bits, noise
-            )
-        if stored is not None:
-            xhat = stored.kept(tensors, n, wide)
-            if stored.observer is not None:
-                xhat_MN = (x_MN - x_MN.mean(-1, keepdim=True) if norm.centered else x_MN) * rho_M1
-                stored.observer(xhat_MN, xhat)
-        else:
+                x_MN, norm.scale(weight_N, wide), cast(bias_N, wide), norm.eps, norm.centered, dtype,
+                coding or Coding(None),
+            )  # fmt: skip
+        if coding is None:
             xhat = estimator.keep(tensors[0], dtype)
+        else:
+            xhat = estimator.kept(
+                tensors, n, wide, lambda: (x_MN - x_MN.mean(-1, keepdim=True) if norm.centered else x_MN) * rho_M1
+            )
         kept_out.append(xhat)
         save(ctx, kept=xhat.tensors, rho=(rho_M1,), norm=(weight_N, bias_N))
-        ctx.form, ctx.norm, ctx.shape, ctx.dtype = xhat.form, norm, x.shape, x.dtype
+        ctx.form, ctx.norm, ctx.shape, ctx.dtype, ctx.decoded = xhat.form, norm, x.shape, x.dtype, decoded
         ctx.set_materialize_grads(False)
-        exact = not isinstance(xhat.form, Rounded) and ctx.needs_input_grad[0]
+        exact = not xhat.form.complete and ctx.needs_input_grad[0]
         return shaped(y_MN, x.shape), rho_M1.new_zeros(1).expand(m, 2) if exact else None
 
     @backward
     def backward(ctx: Any, g: Tensor | None, scalars_M2: Tensor | None = None) -> Gradients:
+        ctx.decoded.forget()
         if g is None:
-            return (None,) * 7
+            return (None,) * 8
         tensors = saved(ctx)
         (rho_M1,), (weight_N, bias_N) = tensors["rho"], tensors["norm"]
         g_MN = g.reshape(-1, g.shape[-1])
         dx = dw_N = db_N = None
-        stored, bits = encoded(Kept(tensors["kept"], ctx.form))
+        xhat = ctx.form.codes(tensors["kept"])
         if ctx.needs_input_grad[0]:
             exact = None if scalars_M2 is None else _exact(scalars_M2, g_MN, bias_N)
             gamma_N = ctx.norm.scale(weight_N, rho_M1.dtype)
-            dx_MN = kernels.norm_input_grad(g_MN, rho_M1, stored, bits, gamma_N, exact, ctx.norm.centered, ctx.dtype)
+            dx_MN = kernels.norm_input_grad(g_MN, rho_M1, xhat, gamma_N, exact, ctx.norm.centered, ctx.dtype)
             dx = dx_MN.view(ctx.shape)
         if ctx.needs_input_grad[1]:
-            dw_N = kernels.norm_weight_grad(g_MN, stored, bits).to(weight_N.dtype)
+            dw_N = kernels.norm_weight_grad(g_MN, xhat).to(weight_N.dtype)
         if ctx.needs_input_grad[2]:
             db_N = g_MN.sum(0, dtype=rho_M1.dtype).to(bias_N.dtype)
-        return dx, dw_N, db_N, None, None, None, None
+        return dx, dw_N, db_N, None, None, None, None, None
 
 
 def scalars_grad(dy_MN: Tensor, scalar_M1: Tensor) -> Tensor:

@@ -1,9 +1,16 @@
-"""Element-wise work in one pass over memory, through ``torch.compile`` where that pays.
+"""Element-wise work in one pass over memory: by hand where somebody wrote that, or else through ``torch.compile``.
 
-A function decorated with :func:`fused` is plain PyTorch, and tested as such. On tensors large
-enough to be worth it, ``torch.compile`` turns it into one kernel: C++ on CPU, Triton on CUDA.
-Small tensors run as written, and so does everything where no compiler is found (one warning says
-so) or where the environment says ``PRAC_COMPILE=0``.
+A function decorated with :func:`fused` is plain PyTorch, tested as such: it is what every other version of it has to
+compute. A call takes the first of these that applies:
+
+1. as it is written, where kernels are off or the tensor is too small to be worth one;
+2. whoever follows the operations of a step (:func:`run_by`);
+3. a version by hand for the device (:meth:`Kernel.by_hand`) that gives no reason why not;
+4. ``torch.compile``: C++ on CPU, Triton on CUDA;
+5. as it is written.
+
+A version that fails is given up, with one warning, and the next one takes its place. ``PRAC_KERNELS`` is ``auto``,
+``compile`` for nothing by hand, or ``eager`` for everything as it is written.
 """
 
 from __future__ import annotations
@@ -14,7 +21,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,79 +37,104 @@ EXACT_LENGTHS = 4
 # is 30 on CUDA, and on CPU before torch 2.13: there, codes that are packed two to a byte would lie in memory in
 # float32 first, as large as the tensor that they stand for.
 OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"realize_opcount_threshold": 50}
+MODES = ("auto", "compile", "eager")
 
-_broken = False
-_runner: Callable[..., Any] | None = None
+Function = Callable[..., Any]
+
+_compiles = True
+_runner: Function | None = None
 
 
-def fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates a function whose first argument is a tensor of (tokens, features).
+class ByHand(NamedTuple):
+    """A version of a function for one kind of device."""
 
-    There is a kernel for each combination of features, dtypes, devices and other arguments, and for
-    each of the first :data:`EXACT_LENGTHS` numbers of tokens; one more takes any number of tokens.
-    """
-    kernels: dict[Any, Callable[..., Any]] = {}
-    lengths: dict[Any, set[int]] = {}
+    device: str
+    why_not: Callable[..., str]
+    function: Function
 
-    def by_kernel(args: tuple[Any, ...]) -> Any:
+
+class Kernel:
+    """A function whose first argument is, or begins with, a tensor of (tokens, features)."""
+
+    __name__: str
+    __wrapped__: Function
+
+    def __init__(self, function: Function) -> None:
+        functools.update_wrapper(self, function)
+        self._by_hand: list[ByHand] = []
+        self._compiled: dict[Any, Function] = {}
+        self._lengths: dict[Any, set[int]] = {}
+
+    def by_hand(self, device: str, why_not: Callable[..., str] = lambda *args: "") -> Callable[[Function], Function]:
+        """Decorates a version for ``device`` ("cuda"), of the same arguments and results.
+
+        ``why_not`` is given the arguments too, and says why this version cannot take them, or "". Of several versions
+        the one that was registered last is asked first.
+        """
+
+        def register(function: Function) -> Function:
+            self._by_hand.insert(0, ByHand(device, why_not, function))
+            return function
+
+        return register
+
+    def __call__(self, *args: Any) -> Any:
+        """What the function gives for these."""
+        x, mode = _first_tensor(args), _mode()
+        if mode == "eager" or x.numel() < WORTHWHILE or x.device.type not in ("cpu", "cuda"):
+            return self.__wrapped__(*args)
+        if _runner is not None and _compiles:
+            return _runner(self.__wrapped__, args)
+        # A surrounding compilation takes the function in by itself.
+        if type(x) is not Tensor or torch.compiler.is_compiling():
+            return self.__wrapped__(*args)
+        for version in list(self._by_hand) if mode == "auto" else ():
+            if version.device == x.device.type and not version.why_not(*args):
+                try:
+                    return version.function(*args)
+                except Exception as error:  # whatever a kernel may raise: the next version does the same
+                    self._by_hand.remove(version)
+                    warn(f"prac leaves out a kernel by hand for {self.__name__}, which failed ({_told(error)}).")
+        if not _compiles:
+            return self.__wrapped__(*args)
+        try:
+            return self._compile(args)
+        except Exception as error:  # whatever the compiler may raise: the plain function does the same
+            result = self.__wrapped__(*args)
+            _give_up(self.__name__, error)
+            return result
+
+    def _compile(self, args: tuple[Any, ...]) -> Any:
+        """By the kernel for this combination of features, dtypes, devices and other arguments.
+
+        There is one for each of the first :data:`EXACT_LENGTHS` numbers of tokens; one more takes any number of tokens.
+        """
         if not torch.is_grad_enabled():  # as in an op: a kernel would be made anew for inputs that need a gradient
             args = _detached(args)
-        key, tokens = tuple(_static(a) for a in args), args[0].shape[0]
-        seen = lengths.setdefault(key, set())
+        key, tokens = tuple(_static(a) for a in args), len(_first_tensor(args))
+        seen = self._lengths.setdefault(key, set())
         if tokens in seen or len(seen) < EXACT_LENGTHS:
             seen.add(tokens)
             key = (key, tokens)
         else:
             _free_tokens(args, tokens)
-        if key in kernels:
-            return kernels[key](*args)
+        if key in self._compiled:
+            return self._compiled[key](*args)
         # What the compiler warns of while it works is its own affair, and no error under -W error.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # torch.compile counts its kernels by code object and gives up after a few; a copy has its own count.
-            kernels[key] = torch.compile(_copy(function), dynamic=False, options=OPTIONS)
-            return kernels[key](*args)
-
-    @functools.wraps(function)
-    def run(*args: Any) -> Any:
-        if not _worthwhile(args[0]):
-            return function(*args)
-        if _runner is not None:
-            return _runner(function, args)
-        # A surrounding compilation takes the function in by itself.
-        if type(args[0]) is not Tensor or torch.compiler.is_compiling():
-            return function(*args)
-        try:
-            return by_kernel(args)
-        except Exception as error:  # whatever the compiler may raise: the plain function does the same
-            result = function(*args)
-            _give_up(function.__name__, error)
-            return result
-
-    return run
+            self._compiled[key] = torch.compile(_copy(self.__wrapped__), dynamic=False, options=OPTIONS)
+            return self._compiled[key](*args)
 
 
-def _copy(function: Any) -> Callable[..., Any]:
-    return types.FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-
-
-def _worthwhile(x: Tensor) -> bool:
-    return (
-        x.numel() >= WORTHWHILE
-        and x.device.type in ("cpu", "cuda")
-        and not _broken
-        and os.environ.get("PRAC_COMPILE", "1") != "0"
-    )
+def fused(function: Function) -> Kernel:
+    """Decorates a plain function: see the module."""
+    return Kernel(function)
 
 
 @contextmanager
-def run_by(runner: Callable[..., Any]) -> Iterator[None]:
+def run_by(runner: Function) -> Iterator[None]:
     """Inside the block ``runner(function, args)`` calls what would run as one kernel.
 
     For those who follow the operations of a step, and would otherwise see those that a kernel is written in.
@@ -115,14 +147,39 @@ def run_by(runner: Callable[..., Any]) -> Iterator[None]:
         _runner = before
 
 
-def _give_up(name: str, error: Exception) -> None:
-    global _broken
-    _broken = True
-    reason = (str(error).strip() or "no message").splitlines()[0]
-    warn(
-        f"prac runs without fused kernels, more slowly: torch.compile failed on {name} "
-        f"({type(error).__name__}: {reason}). On CPU it needs a C++ compiler. PRAC_COMPILE=0 silences this."
+def _mode() -> str:
+    mode = os.environ.get("PRAC_KERNELS", "auto")
+    if mode not in MODES:
+        raise ValueError(f"the environment's PRAC_KERNELS must be one of {', '.join(MODES)}, got {mode!r}.")
+    return mode
+
+
+def _copy(function: Any) -> Function:
+    return types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
+
+
+def _give_up(name: str, error: Exception) -> None:
+    global _compiles
+    _compiles = False
+    warn(
+        f"prac runs without fused kernels, more slowly: torch.compile failed on {name} ({_told(error)}). On CPU it "
+        "needs a C++ compiler. PRAC_KERNELS=eager silences this."
+    )
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+def _first_tensor(args: tuple[Any, ...]) -> Tensor:
+    first = args[0]
+    return first if isinstance(first, Tensor) else _first_tensor(first)
 
 
 def _static(value: Any) -> Any:
@@ -135,8 +192,9 @@ def _static(value: Any) -> Any:
 
 
 def _detached(value: Any) -> Any:
-    if type(value) is tuple:
-        return tuple(_detached(v) for v in value)
+    if isinstance(value, tuple):
+        inside = (_detached(v) for v in value)
+        return value._make(inside) if hasattr(value, "_make") else tuple(inside)
     return value.detach() if isinstance(value, Tensor) else value
 
 
