@@ -34,8 +34,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback, set_seed
 
-import prac
 from prac import PRESETS, Bits, Config, Rank
+from prac.allocation import Allocation, allocate
 from prac.lab.materials import models
 from prac.lab.report import plots, results
 from prac.lab.runs import train
@@ -101,7 +101,7 @@ def run(job: tuple[Options, Path, int]) -> float:
     return float(row["val_loss"])
 
 
-def allocation(options: Options, weights: Path, policy: Config, variant: str, blocks: int) -> prac.Allocation:
+def allocated(options: Options, weights: Path, policy: Config, variant: str, blocks: int) -> Allocation:
     """What :func:`prac.allocate` chooses at the policy's bytes for the weights in a file."""
     how = {key: value for key, value in VARIANTS[variant].items() if key in ("relative", "held_out")}
     if "ranks" in VARIANTS[variant]:
@@ -112,14 +112,14 @@ def allocation(options: Options, weights: Path, policy: Config, variant: str, bl
     model = models.build(options.model, tokenizer, options.seq_len)
     model.load_state_dict(torch.load(weights, weights_only=True))
     batch = train.collate([data.train[i] for i in range(blocks)])
-    return prac.allocate(model, batch, policy, policy, **how)
+    return allocate(model, batch, policy, policy, **how)
 
 
 def slug(*parts: Any) -> str:
     return "-".join(str(part).replace(",", "").replace(" ", "-") for part in parts)
 
 
-def losses(arguments: argparse.Namespace) -> tuple[dict[tuple[str, str, int], float], dict[Any, prac.Allocation]]:
+def losses(arguments: argparse.Namespace) -> tuple[dict[tuple[str, str, int], float], dict[Any, Allocation]]:
     """The loss of every policy, variant and seed; plain training is the policy ``""``. And what was allocated."""
     how = {"steps": arguments.steps, "batch_size": arguments.batch_size, "eval_every": 0, "save_every": 0}
     plain = {seed: options("plain", seed, **how) for seed in arguments.seeds}
@@ -133,7 +133,7 @@ def losses(arguments: argparse.Namespace) -> tuple[dict[tuple[str, str, int], fl
         done = pool.map(run, [(plain[seed], folders[seed], arguments.warm) for seed in plain])
         found = {("", "plain", seed): loss for seed, loss in zip(plain, done, strict=True)}
 
-        chosen: dict[tuple[str, str, int], prac.Allocation] = {}
+        chosen: dict[tuple[str, str, int], Allocation] = {}
         configs: dict[tuple[str, str, int], Config] = {}
         for name in arguments.policies:
             policy = POLICIES[name].replace(**interval)
@@ -143,7 +143,7 @@ def losses(arguments: argparse.Namespace) -> tuple[dict[tuple[str, str, int], fl
                     at = "initial" if "initial" in VARIANTS[variant] else f"warm{arguments.warm}"
                     file = folders[seed] / "weights" / f"{at}.pt"
                     key = (name, variant, seed)
-                    chosen[key] = allocation(plain[seed], file, policy, variant, arguments.calibration_blocks)
+                    chosen[key] = allocated(plain[seed], file, policy, variant, arguments.calibration_blocks)
                     configs[key] = chosen[key].config.replace(seed=seed)
         jobs = [
             (dataclasses.replace(plain[seed], method="lean" if config.group else "paper", config=config),
@@ -155,7 +155,7 @@ def losses(arguments: argparse.Namespace) -> tuple[dict[tuple[str, str, int], fl
 
 
 def rows_of(
-    found: dict[tuple[str, str, int], float], chosen: dict[Any, prac.Allocation], seeds: list[int], policies: list[str]
+    found: dict[tuple[str, str, int], float], chosen: dict[Any, Allocation], seeds: list[int], policies: list[str]
 ) -> list[dict[str, Any]]:
     """A row for each policy and variant; differences are paired by seed."""
     rows = []

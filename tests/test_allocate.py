@@ -11,7 +11,8 @@ from models import BATCH, FAMILIES, IDS, PAPER, VOCAB, build, train
 from torch import Tensor, nn
 
 import prac
-from prac import Bits, Config, Factors, Rank
+from prac.allocation import allocate
+from prac.config import Bits, Config, Factors, Rank
 from prac.layers import Compressed
 
 LEAN = prac.PRESETS["lean"].replace(min_width=8)
@@ -47,7 +48,7 @@ def measure(model: nn.Module, config: Config, batch: dict[str, Tensor], draws: i
 def test_predicted_variance_of_linear_layers_is_what_a_monitor_measures() -> None:
     """Within a quarter over 12 draws, a tenth in the mean over layers: nothing but these layers is compressed."""
     model, batch = trained(), batch_of(16)
-    found = prac.allocate(model, batch, LINEAR, LINEAR, bits=(), rank_bits=(None,))
+    found = allocate(model, batch, LINEAR, LINEAR, bits=(), rank_bits=(None,))
     alone = [d for d in found.decisions if d.name.endswith(("o_proj", "down_proj"))]  # one reader each
     assert len(alone) == 4
     for config, predicted in ((LINEAR, "uniform_variance"), (found.config, "variance")):
@@ -62,7 +63,7 @@ def test_predicted_variance_of_norm_groups_is_near_what_a_monitor_measures(bits:
     """Within a factor of 1.6: what is measured has the noise from the norms above in it."""
     model, batch = trained(), batch_of(16)
     rank = FAST.replace(group=Rank(0.3, 0.3, bits=Bits(8)), activation=Bits(32), linear=Bits(32), norm=Bits(32))
-    found = prac.allocate(model, batch, rank.replace(group=Bits(4)) if bits else rank, rank, bits=bits)
+    found = allocate(model, batch, rank.replace(group=Bits(4)) if bits else rank, rank, bits=bits)
     seen = measure(model, found.config, batch, 6)
     for d in found.decisions:
         if d.name.endswith("input_layernorm"):
@@ -86,7 +87,7 @@ def test_predicted_variance_of_norm_groups_is_near_what_a_monitor_measures(bits:
 )
 def test_never_more_bytes_nor_more_variance_than_the_uniform_policy(policy, config, how) -> None:
     model = build("llama")
-    found = prac.allocate(model, BATCH, policy, config, **how)
+    found = allocate(model, BATCH, policy, config, **how)
     assert found.bytes_per_token <= found.budget == found.uniform_bytes_per_token
     assert found.uniform_variance is not None
     assert found.variance <= found.uniform_variance * (1 + 1e-12)
@@ -107,26 +108,26 @@ def test_never_more_bytes_nor_more_variance_than_the_uniform_policy(policy, conf
 @pytest.mark.parametrize("family", ["gpt2", "bert", "phi3", "vit", "t5", "encoder", "plain", "gemma2"])
 def test_other_models(family: str) -> None:
     model, batch = build(family), FAMILIES[family][1]
-    found = prac.allocate(model, batch, LEAN, LEAN, loss=loss)
+    found = allocate(model, batch, LEAN, LEAN, loss=loss)
     assert found.variance <= found.uniform_variance
     prac.compress(model, found.config, example=batch)
 
 
 def test_a_number_of_bytes() -> None:
     model = build("llama")
-    least = prac.allocate(model, BATCH, 10**6, LEAN, bits=(2,), rank_bits=()).bytes_per_token
+    least = allocate(model, BATCH, 10**6, LEAN, bits=(2,), rank_bits=()).bytes_per_token
     variances = []
     for budget in (least, least + 40, least + 200, 10**6):
-        found = prac.allocate(model, BATCH, budget, LEAN, rank_bits=())
+        found = allocate(model, BATCH, budget, LEAN, rank_bits=())
         assert found.bytes_per_token <= budget == found.budget
-        assert found.uniform_bytes_per_token == prac.allocate(model, BATCH, LEAN, LEAN, rank_bits=()).budget
+        assert found.uniform_bytes_per_token == allocate(model, BATCH, LEAN, LEAN, rank_bits=()).budget
         variances.append(found.variance)
     assert variances == sorted(variances, reverse=True)
     assert variances[-1] < 1e-4
 
 
 def test_a_policy_that_keeps_other_tensors_gives_its_bytes_alone() -> None:
-    found = prac.allocate(build("llama"), BATCH, PAPER, LEAN)
+    found = allocate(build("llama"), BATCH, PAPER, LEAN)
     assert found.bytes_per_token <= found.budget == found.uniform_bytes_per_token
     assert found.uniform_variance is None
     assert found.decisions[0].uniform is None
@@ -135,7 +136,7 @@ def test_a_policy_that_keeps_other_tensors_gives_its_bytes_alone() -> None:
 
 def test_a_biased_policy_is_not_followed() -> None:
     pac = LINEAR.replace(linear=Rank(0.6, 0.0))
-    found = prac.allocate(build("llama"), BATCH, pac, pac, bits=(), rank_bits=(None,))
+    found = allocate(build("llama"), BATCH, pac, pac, bits=(), rank_bits=(None,))
     assert all(d.keep.r2 > 0 for d in found.decisions)
     assert found.uniform_variance > 0
 
@@ -155,9 +156,7 @@ def test_the_model_is_left_as_it_was() -> None:
     config = LEAN.replace(min_width=4)
     for how in ({}, {"loss": lambda y: y.sum() * math.nan}):
         try:
-            found = prac.allocate(
-                model, x_MN, config, config, include="*", **{"loss": lambda y: y.square().mean()} | how
-            )
+            found = allocate(model, x_MN, config, config, include="*", **{"loss": lambda y: y.square().mean()} | how)
             assert [d.name for d in found.decisions] == ["0", "3", "4"]
         except ValueError as error:
             assert "NaN" in str(error)
@@ -172,26 +171,26 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def test_the_same_again_and_the_users_random_numbers_do_not_matter() -> None:
     model = build("llama")
-    first = prac.allocate(model, BATCH, FAST, FAST, bits=())
+    first = allocate(model, BATCH, FAST, FAST, bits=())
     torch.manual_seed(99)
-    assert prac.allocate(model, BATCH, FAST, FAST, bits=()) == first
+    assert allocate(model, BATCH, FAST, FAST, bits=()) == first
 
 
 def test_it_goes_on_from_an_allocation() -> None:
     model = build("llama")
-    first = prac.allocate(model, BATCH, FAST, FAST, bits=())
-    again = prac.allocate(model, BATCH, first.config, first.config, bits=())
+    first = allocate(model, BATCH, FAST, FAST, bits=())
+    again = allocate(model, BATCH, first.config, first.config, bits=())
     assert again.budget == first.bytes_per_token
     assert again.uniform_variance == pytest.approx(first.variance, rel=1e-6)
     assert again.variance <= first.variance * (1 + 1e-6)
 
 
 def test_in_bfloat16() -> None:
-    found = prac.allocate(build("llama"), BATCH, FAST, FAST, bits=(), autocast=torch.bfloat16)
-    full = prac.allocate(build("llama"), BATCH, FAST, FAST, bits=())
+    found = allocate(build("llama"), BATCH, FAST, FAST, bits=(), autocast=torch.bfloat16)
+    full = allocate(build("llama"), BATCH, FAST, FAST, bits=())
     assert found.variance == pytest.approx(full.variance, rel=0.1)
     model = build("llama").bfloat16()
-    found = prac.allocate(model, BATCH, LEAN, LEAN)
+    found = allocate(model, BATCH, LEAN, LEAN)
     handle = prac.compress(model, found.config)
     assert sum(row.after or 0 for row in handle.rows()) == found.bytes_per_token
 
@@ -202,35 +201,35 @@ def test_in_bfloat16() -> None:
 def test_a_budget_that_is_too_small_says_what_is_needed() -> None:
     model = build("llama")
     with pytest.raises(ValueError, match="a budget of 7 bytes per token is too small") as error:
-        prac.allocate(model, BATCH, 7, LEAN)
+        allocate(model, BATCH, 7, LEAN)
     least = int(str(error.value).split("cheapest choice takes ")[1].split(",")[0])
-    assert prac.allocate(model, BATCH, least, LEAN).bytes_per_token == least
+    assert allocate(model, BATCH, least, LEAN).bytes_per_token == least
     with pytest.raises(ValueError, match="too small"):
-        prac.allocate(model, BATCH, least - 1, LEAN)
+        allocate(model, BATCH, least - 1, LEAN)
 
 
 def test_errors() -> None:
     model = build("llama")
     with pytest.raises(ValueError, match="give bits, rank_bits or both"):
-        prac.allocate(model, BATCH, LEAN, bits=(), rank_bits=())
+        allocate(model, BATCH, LEAN, bits=(), rank_bits=())
     with pytest.raises(ValueError, match="unknown preset 'leen'"):
-        prac.allocate(model, BATCH, "leen")
+        allocate(model, BATCH, "leen")
     with pytest.raises(ValueError, match="output has no loss"):
-        prac.allocate(model, {"input_ids": IDS}, LEAN, LEAN)
+        allocate(model, {"input_ids": IDS}, LEAN, LEAN)
     with pytest.raises(ValueError, match="nothing to compress in this Sequential"):
-        prac.allocate(nn.Sequential(nn.ReLU()), torch.zeros(2, 3), "lean")
+        allocate(nn.Sequential(nn.ReLU()), torch.zeros(2, 3), "lean")
     with pytest.raises(ValueError, match="factors that are made anew"):
-        prac.allocate(model, BATCH, LEAN, LEAN.replace(layers={"model.norm": Factors()}))
+        allocate(model, BATCH, LEAN, LEAN.replace(layers={"model.norm": Factors()}))
     with pytest.raises(ValueError, match="orthonormal random directions"):
-        prac.allocate(model, BATCH, PAPER, PAPER.replace(linear=Rank(0.3, 0.3, orthonormal=False)))
+        allocate(model, BATCH, PAPER, PAPER.replace(linear=Rank(0.3, 0.3, orthonormal=False)))
     only_norms = PAPER.replace(linear=None, activation=None)
     with pytest.raises(ValueError, match="nothing is up for choice in this LlamaForCausalLM"):
-        prac.allocate(model, BATCH, only_norms, only_norms)
+        allocate(model, BATCH, only_norms, only_norms)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = math.inf
     with pytest.raises(ValueError, match=r"model\.layers\.\d.*calibration batch hold NaN or Inf"):
-        prac.allocate(model, BATCH, LEAN, LEAN)
+        allocate(model, BATCH, LEAN, LEAN)
     assert not any(isinstance(module, Compressed) for module in model.modules())
     prac.compress(model, LEAN)
     with pytest.raises(ValueError, match="compressed already"):
-        prac.allocate(model, BATCH, LEAN)
+        allocate(model, BATCH, LEAN)

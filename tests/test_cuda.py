@@ -10,7 +10,7 @@ from helpers import gradients, relative
 from models import BATCH, PAPER, build, compressed_names
 
 import prac
-from prac.memory import track_kept
+from prac.memory import Step, choose, track_kept
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -167,7 +167,7 @@ def test_fit_tries_what_it_predicts() -> None:
     model, _ = footprint.materials(setting)
     model = type(model)(model.config).to("cuda", torch.bfloat16)
     ids = torch.randint(0, 32_000, (32, 256), device="cuda")
-    found = prac.fit(model, {"input_ids": ids, "labels": ids}, "5GiB")
+    found = choose(Step(model, {"input_ids": ids, "labels": ids}), "5GiB")
     assert found.real is not None
     assert found.real <= 5 * 2**30
 

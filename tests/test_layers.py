@@ -9,6 +9,7 @@ from models import BATCH, PAPER, build, train
 
 import prac
 from prac import Bits, Config, Rank
+from prac.allocation import allocate
 from prac.layers import Compressed
 
 LEAN = prac.PRESETS["lean"].replace(min_width=8)
@@ -17,7 +18,7 @@ LINEAR = PAPER.replace(norm=None, activation=None)
 
 
 def test_layers_survive_json() -> None:
-    found = prac.allocate(build("llama"), BATCH, FAST, FAST)
+    found = allocate(build("llama"), BATCH, FAST, FAST)
     mixed = found.config.replace(layers=found.config.layers | {"r1": Rank(3, 4, bits=Bits(8)), "bits": Bits(2, 16)})
     assert Config.from_dict(json.loads(json.dumps(mixed.to_dict()))) == mixed
     assert hash(mixed) is not None

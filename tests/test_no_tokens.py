@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import prac
-from prac import Bits, Config, Factors, Rank
+from prac.config import Bits, Config, Factors, Rank
 
 WIDTH = 64
 

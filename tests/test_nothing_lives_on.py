@@ -14,6 +14,8 @@ from models import BATCH, IDS, M, N, build
 from torch import Tensor, nn
 
 import prac
+from prac.allocation import allocate
+from prac.convert.calibrate import calibrate
 from prac.layers import Compressed
 from prac.memory import track_kept
 
@@ -70,12 +72,12 @@ def failing_example(model: nn.Module, x: Tensor) -> None:
 
 def calibrated(model: nn.Module, x: Tensor) -> None:
     config = prac.PRESETS["one-shot"].replace(min_width=8)
-    prac.calibrate(prac.compress(model, config), [x, x])
+    calibrate(prac.compress(model, config), [x, x])
     step(model, x)
 
 
 def allocated(model: nn.Module, x: Tensor) -> None:
-    prac.compress(model, prac.allocate(model, x, 400, loss=lambda y: y.square().mean()).config, example=x)
+    prac.compress(model, allocate(model, x, 400, loss=lambda y: y.square().mean()).config, example=x)
     step(model, x)
 
 

@@ -8,6 +8,7 @@ from helpers import activations, captured
 
 import prac
 from prac.config import Rank
+from prac.convert.calibrate import calibrate
 
 
 @pytest.mark.parametrize("interval", [None, 3])
@@ -19,7 +20,7 @@ def test_calibration_makes_bases_of_all_batches(interval: int | None) -> None:
     handle = prac.compress(model, config, include="*")
     batches = [activations(40, 12, seed=seed, tail=3.0) for seed in range(3)]
     state = torch.get_rng_state()
-    prac.calibrate(handle, batches)
+    calibrate(handle, batches)
     assert torch.equal(state, torch.get_rng_state()) and model[0].weight.grad is None
     p = model[0].estimators["x"].p_NR
     together = torch.cat(batches)
@@ -35,11 +36,11 @@ def test_calibration_refuses() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(32, 32))
     handle = prac.compress(model, prac.Config(linear=Rank(4, 0), T1=None, T2=None), include="*")
     with pytest.raises(ValueError, match="no batches"):
-        prac.calibrate(handle, [])
+        calibrate(handle, [])
     x = torch.randn(40, 32)
-    prac.calibrate(handle, [x])
+    calibrate(handle, [x])
     with pytest.raises(ValueError, match="0: the calibration batches give NaN or Inf"):
-        prac.calibrate(handle, [x, torch.full_like(x, float("nan"))])
+        calibrate(handle, [x, torch.full_like(x, float("nan"))])
     handle.restore()
     with pytest.raises(ValueError, match="nothing to calibrate"):
-        prac.calibrate(prac.compress(model, prac.Config(linear=prac.Bits(8)), include="*"), [x])
+        calibrate(prac.compress(model, prac.Config(linear=prac.Bits(8)), include="*"), [x])

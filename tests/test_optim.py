@@ -12,11 +12,10 @@ from models import FAMILIES, IDS
 from torch import Tensor, nn
 
 import prac
-from prac import FactoredGradient
 from prac.config import Rank
 from prac.estimators.subspace import Subspace
 from prac.ops import linear
-from prac.optim import SubspaceAdamW
+from prac.optim import FactoredGradient, SubspaceAdamW
 
 HOW: dict[str, Any] = dict(lr=0.05, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
 

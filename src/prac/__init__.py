@@ -4,38 +4,18 @@ import prac
 
 handle = prac.compress(model)  # in place; any optimizer, any trainer, same state_dict
 print(handle.summary())
+
+Beside these names there are ``prac.memory`` (the largest batch, what is kept), ``prac.allocation`` (ranks and bits by a
+budget), ``prac.optim`` (gradients in factors), ``prac.integrations`` (callbacks for Trainers) and ``prac.config``.
 """
 
-from prac import optim
-from prac.allocation import Allocation, allocate
-from prac.config import Bits, Config, Factors, Rank
-from prac.convert.calibrate import calibrate
+from prac.config import Bits, Config, Rank
 from prac.convert.chunked_loss import ChunkedLoss
 from prac.convert.compress import compress
 from prac.convert.handle import Handle
-from prac.memory import Breakdown, fit, measure, predict
+from prac.memory import measure, predict
 from prac.monitoring.monitor import Monitor
-from prac.optim.factored import FactoredGradient
 from prac.presets import PRESETS
 
-__all__ = [
-    "PRESETS",
-    "Allocation",
-    "Bits",
-    "Breakdown",
-    "ChunkedLoss",
-    "Config",
-    "FactoredGradient",
-    "Factors",
-    "Handle",
-    "Monitor",
-    "Rank",
-    "allocate",
-    "calibrate",
-    "compress",
-    "fit",
-    "measure",
-    "optim",
-    "predict",
-]
+__all__ = ["PRESETS", "Bits", "ChunkedLoss", "Config", "Handle", "Monitor", "Rank", "compress", "measure", "predict"]
 __version__ = "0.1.0"

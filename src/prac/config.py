@@ -158,7 +158,7 @@ class Config:
         attention_bits: keep q, k, v and the output of attention in so many bits; None leaves them
             to attention, in full. For models of transformers that run "sdpa".
         T1: optimizer steps between refreshes of the principal basis Q1; None keeps the first one for good, which is
-            best made of several batches (:func:`prac.calibrate`).
+            best made of several batches (:func:`prac.convert.calibrate.calibrate`).
         T2: optimizer steps between refreshes of the random basis Q2, or None. Q2 is also redrawn
             whenever Q1 changes, or it would no longer be orthogonal to it.
         growth: if above 0, no interval is longer than this share of the steps taken before it:
@@ -166,13 +166,15 @@ class Config:
             are reached. Early in training activations turn quickly, and a stale basis for a
             norm does harm (see ``docs/algorithm.md``). The paper has 0: fixed intervals.
         factored: leave the weight gradients of linear layers that keep a rank or factors in two factors, through
-            accumulation and clipping into the optimizer (:class:`prac.FactoredGradient`). Not together with ``group``.
+            accumulation and clipping into the optimizer (:class:`prac.optim.FactoredGradient`). Not together with
+            ``group``.
         seed: seed of the random bases and of the rounding. Each layer draws from its own
             generator, so the user's random state is never touched.
         min_width: layers with narrower inputs are left alone: there P would cost more
             than it saves (LoRA's second factor, for one).
         layers: single linear layers and norms, by module name, that keep theirs otherwise than their kind does. Of
-            layers that share an input the first is named, of a norm group the norm. :func:`prac.allocate` fills it.
+            layers that share an input the first is named, of a norm group the norm. :func:`prac.allocation.allocate`
+            fills it.
     """
 
     linear: Keep | None = Rank(0.3, 0.3)

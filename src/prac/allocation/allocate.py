@@ -1,4 +1,4 @@
-"""``prac.allocate``: ranks and bits where they count, for a budget of bytes."""
+"""Ranks and bits where they count, for a budget of bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from prac.allocation.calibration import GROUP, calibrate
+from prac.allocation.calibration import GROUP, watched_step
 from prac.allocation.choices import Choices
 from prac.allocation.waterfill import Choice, fill
 from prac.config import Bits, Config, Factors, Rank
@@ -146,7 +146,7 @@ def allocate(
             activations or gradients are not finite, if nothing is up for choice, and for what
             :func:`prac.compress` raises: nothing matched, compressed already, an unknown preset.
 
-    >>> found = prac.allocate(model, batch, "fast")
+    >>> found = allocate(model, batch, "fast")
     >>> print(found)
     >>> prac.compress(model, found.config)
     """
@@ -247,7 +247,7 @@ def _measure(
         warnings.simplefilter("ignore")
         handle = compress(model, watched, **how)
     try:
-        tensors = [Choices(measured, held_out) for measured in calibrate(handle, batch, **step)]
+        tensors = [Choices(measured, held_out) for measured in watched_step(handle, batch, **step)]
     finally:
         handle.restore()
     if not tensors:

@@ -141,7 +141,7 @@ class _Place(NamedTuple):
     beside: int
 
 
-def calibrate(
+def watched_step(
     handle: Handle,
     batch: Example,
     *,

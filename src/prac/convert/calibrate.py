@@ -27,7 +27,7 @@ def calibrate(handle: Handle, batches: Iterable[Example]) -> None:
         ValueError: if nothing is kept at a rank, there are no batches, or they give NaN or Inf.
 
     >>> handle = prac.compress(model, "one-shot")
-    >>> prac.calibrate(handle, itertools.islice(loader, 8))
+    >>> calibrate(handle, itertools.islice(loader, 8))
     """
     batches = iter(batches)
     first = next(batches, None)

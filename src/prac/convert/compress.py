@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -19,12 +19,15 @@ from prac.runtime.running import Example
 
 def compress(
     model: nn.Module,
-    config: Config | str = "lean",
+    config: Config | str | None = None,
     *,
     include: Filter | None = None,
     exclude: Filter | None = None,
     example: Example | None = None,
     loss: Literal["chunked"] | None = None,
+    budget: int | str | None = None,
+    batch: Example | None = None,
+    **step: Any,
 ) -> Handle:
     """Make ``model`` keep compressed activations for backward, in place.
 
@@ -43,7 +46,8 @@ def compress(
 
     Args:
         model: any module.
-        config: a :class:`prac.Config` or the name of a preset (:data:`prac.PRESETS`).
+        config: a :class:`prac.Config` or the name of a preset (:data:`prac.PRESETS`); ``"lean"`` by default, and with a
+            budget what fits it.
         include: compress only these layers: a pattern on module names
             (``"*.mlp.*"``), several, or a predicate ``(module, name) -> bool``.
         exclude: leave these layers alone, likewise.
@@ -52,15 +56,24 @@ def compress(
             taken where the model can be run without numbers.
         loss: ``"chunked"`` to train a causal language model of transformers without its logits as
             well, exactly (see :class:`prac.ChunkedLoss`).
+        budget: the memory that a training step may take, in bytes or as text (``"22GiB"``), in place of a config: the
+            mildest way whose predicted peak fits is taken, and where the model is on CUDA tried once. ``handle.choice``
+            and the summary say which it is, what it gives up, and what the next one would take.
+        batch: for a budget, the batch of a step, of whatever size is to fit; only its shapes matter for a prediction.
+        **step: for a budget, what else :func:`prac.predict` takes of a step: ``optimizer`` (a function of the model),
+            ``autocast`` (a dtype), and as ``objective`` the scalar to differentiate, a function of the model's output.
+            ``check`` says whether the choice is tried on a real step.
 
     Returns:
         A handle with ``summary()``, ``restore()``, ``state_dict()`` and more.
 
     Raises:
-        TypeError: ``model`` is no module, or ``config`` or ``example`` is of another kind.
+        TypeError: ``model`` is no module, ``config`` or ``example`` is of another kind, or what is for a budget alone
+            is given without one.
         ValueError: nothing matched, the model is compressed already, the preset is unknown,
             a rank does not fit a layer (the message names it), ``config.layers`` names what keeps nothing,
-            the model fails on ``example``, or the loss cannot be chunked. The model is then unchanged.
+            the model fails on ``example``, the loss cannot be chunked, or nothing fits the budget: then the message
+            says by how much, the largest batch that fits, and what else to try. The model is then unchanged.
 
     >>> model = nn.TransformerEncoderLayer(64, 4, 128, activation=nn.GELU())
     >>> handle = compress(model, "paper", example=torch.zeros(2, 8, 64))
@@ -68,11 +81,23 @@ def compress(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"prac.compress takes a model (an nn.Module), got {type(model).__name__}.")
-    config = as_config(config)
     if loss not in (None, "chunked"):
         raise ValueError(f'loss must be "chunked" or None, got {loss!r}.')
     if any(isinstance(module, Compressed) for module in model.modules()):
         raise ValueError("this model is compressed already; call handle.restore() on the handle you have first.")
+    if budget is not None:
+        given = {"config": config, "example": example, "loss": loss}
+        if unwanted := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"a budget takes the place of {' and '.join(unwanted)}: give one or the other.")
+        if batch is None:
+            raise ValueError('a budget is for steps on some batch: prac.compress(model, budget="22GiB", batch=batch).')
+        from prac.memory.budget import compress_within  # beside the column: it predicts, by compressing copies
+
+        return compress_within(model, batch, budget, include=include, exclude=exclude, **step)
+    if batch is not None or step:
+        alone = [*(["batch"] if batch is not None else []), *step]
+        raise TypeError(f"prac.compress takes {', '.join(alone)} for a budget alone; to show a batch give example=.")
+    config = as_config("lean" if config is None else config)
     conversion = Conversion(model, config, include, exclude)
     found = conversion.found(model)
     names = conversion.names(model, found)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prac.config import Config
 from prac.convert import state as saved_state
 from prac.convert.chunked_loss import ChunkedLoss
 from prac.convert.conversion import Conversion
@@ -29,10 +30,13 @@ class Handle:
     Attributes:
         model: the compressed model.
         config: what it was compressed with.
+        choice: of a model that was compressed for a budget, what was chosen and what it costs
+            (:class:`prac.memory.Choice`); else None.
     """
 
     def __init__(self, model: nn.Module, conversion: Conversion, chunked: ChunkedLoss | None = None) -> None:
         self.model, self.config = model, conversion.config
+        self.choice: Any = None
         self._conversion, self._clock, self._chunked = conversion, conversion.clock, chunked
 
     @property
@@ -58,7 +62,10 @@ class Handle:
     def summary(self) -> str:
         """The rows as a table, repeated blocks folded, with totals."""
         rows = self.rows()
-        return table(rows, remarks_on(rows, self.model, self._conversion))
+        remarks = [*remarks_on(rows, self.model, self._conversion)]
+        if self.choice is not None:
+            remarks.append(str(self.choice))
+        return table(rows, remarks)
 
     def look(self, example: Example) -> None:
         """Let ``example`` show the structure of a model that has had no example and no batch yet; else do nothing."""
@@ -186,6 +193,15 @@ class Handle:
     def subspaces(self) -> Iterator[Subspace]:
         """Every subspace, once."""
         yield from subspaces_among(self._estimators())
+
+
+def left_plain(model: nn.Module, chunked: ChunkedLoss | None) -> Handle:
+    """A handle on a model that nothing has to be compressed of."""
+    conversion = Conversion(model, Config(linear=None, norm=None, activation=None), None, None)
+    conversion.is_final = True
+    for name in conversion.names(model):
+        conversion.notes[model.get_submodule(name)] = "plain training fits the budget: stays in full"
+    return Handle(model, conversion, chunked)
 
 
 def squares(x: Tensor, kept: Kept) -> tuple[float, float]:

@@ -1,8 +1,9 @@
 """How much memory training takes: predicted, and measured."""
 
 from prac.memory.breakdown import Breakdown
-from prac.memory.fit import Fit, fit, largest_batch
+from prac.memory.budget import Choice, Step, choose
+from prac.memory.largest_batch import largest_batch
 from prac.memory.measure import KeptBytes, measure, track_kept
 from prac.memory.predict import predict
 
-__all__ = ["Breakdown", "Fit", "KeptBytes", "fit", "largest_batch", "measure", "predict", "track_kept"]
+__all__ = ["Breakdown", "Choice", "KeptBytes", "Step", "choose", "largest_batch", "measure", "predict", "track_kept"]

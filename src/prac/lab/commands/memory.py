@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
         make = footprint.OPTIMIZERS[arguments.optimizer[0]]
         _, autocast = footprint.DTYPES[setting.dtype]
         with Console(stderr=True).status("trying the mildest first"):
-            found = memory.fit(model, batch, arguments.budget, optimizer=make, autocast=autocast)
+            found = memory.choose(memory.Step(model, batch, make, autocast), arguments.budget)
         print(found)
         return 0
     chosen = methods.names(list(arguments.methods or footprint.DEFAULTS))

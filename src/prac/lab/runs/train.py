@@ -17,6 +17,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from transformers.integrations import TensorBoardCallback
 
 import prac
+from prac.convert.calibrate import calibrate
 from prac.integrations.transformers import checkpoint_folder
 from prac.lab import methods
 from prac.lab.materials import data, models, tokens, weights
@@ -235,7 +236,7 @@ def _calibrate(handle: prac.Handle, blocks: tokens.Blocks, options: Options, arg
     count = min(CALIBRATION, len(blocks.train) // size)
     handle.model.to(arguments.device)
     batches = (collate([blocks.train[i * size + j] for j in range(size)]) for i in range(count))
-    prac.calibrate(handle, ({k: v.to(arguments.device) for k, v in batch.items()} for batch in batches))
+    calibrate(handle, ({k: v.to(arguments.device) for k, v in batch.items()} for batch in batches))
 
 
 def _sample(blocks: Any, count: int) -> Any:

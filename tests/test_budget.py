@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import prac
-from prac.memory import largest_batch, measure, predict
-from prac.memory.fit import LADDER, parse_budget
+from prac.layers import Compressed
+from prac.memory import Step, choose, largest_batch, measure, predict
+from prac.memory.budget import LADDER
+from prac.memory.largest_batch import parse_budget
 
 
 def model() -> nn.Module:
@@ -41,7 +43,7 @@ def test_every_rung_takes_less_than_the_one_before() -> None:
 @pytest.mark.parametrize("rung", LADDER, ids=lambda rung: rung.name)
 def test_the_mildest_that_fits(rung: object) -> None:
     name = rung.name  # type: ignore[attr-defined]
-    found = prac.fit(model(), batch(), PEAKS[name])
+    found = choose(Step(model(), batch()), PEAKS[name])
     assert found.name == name
     assert found.predicted.peak == PEAKS[name]
     assert list(found.rejected) == [r.name for r in LADDER][: [r.name for r in LADDER].index(name)]
@@ -53,12 +55,12 @@ def test_a_budget_that_cannot_be_met_says_by_how_much_and_what_would_fit() -> No
     with pytest.raises(
         ValueError, match=r"is not enough: even small would take .* more. What would fit: a batch of"
     ) as e:
-        prac.fit(model(), batch(), budget)
+        choose(Step(model(), batch()), budget)
     rows = int(str(e.value).split("a batch of ")[1].split()[0])
     peaks = [predict(model(), batch(r), "small", chunked_loss=True).peak for r in (rows, rows + 1)]
     assert peaks[0] <= budget < peaks[1]
     with pytest.raises(ValueError, match="not even a batch of 1"):
-        prac.fit(model(), batch(), 1000)
+        choose(Step(model(), batch()), 1000)
 
 
 @pytest.mark.parametrize(
@@ -85,8 +87,8 @@ def test_a_model_without_a_chunkable_loss_skips_that() -> None:
     x = torch.empty(4096, 64)
     how = {"loss": lambda y: y.square().mean()}
     plain = predict(net, x, **how).peak
-    assert prac.fit(net, x, plain, **how).name == "plain"
-    found = prac.fit(net, x, plain - 1, **how)
+    assert choose(Step(net, x, **how), plain).name == "plain"
+    found = choose(Step(net, x, **how), plain - 1)
     assert found.config is not None
     assert not found.chunked_loss
     assert "chunked loss" not in found.rejected
@@ -107,7 +109,7 @@ def test_checked_against_a_real_step() -> None:
     """What is predicted to fit is tried; the model and its random numbers are as before."""
     net = real_model().eval()
     before, random = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
-    found = prac.fit(net, real_batch(), PEAKS["lean"] * 11 // 10, check=True)
+    found = choose(Step(net, real_batch()), PEAKS["lean"] * 11 // 10, check=True)
     assert found.name == "lean"
     assert found.real == pytest.approx(found.predicted.peak, rel=0.05)
     assert "when tried" in str(found)
@@ -127,8 +129,64 @@ def test_a_real_step_that_takes_more_goes_on_to_the_next(monkeypatch: pytest.Mon
             raise torch.OutOfMemoryError
         return measure(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(sys.modules["prac.memory.fit"], "measure", too_much)
-    found = prac.fit(real_model(), real_batch(), PEAKS["plain"] * 11 // 10, check=True)
+    monkeypatch.setattr(sys.modules["prac.memory.budget"], "measure", too_much)
+    found = choose(Step(real_model(), real_batch()), PEAKS["plain"] * 11 // 10, check=True)
     assert found.name == "chunked loss"
     assert found.rejected == {"plain": PEAKS["plain"] * 11 // 10 + 1}
     assert len(tried) == 2
+
+
+def test_compress_for_a_budget_takes_what_fits_and_says_what_it_is() -> None:
+    net = real_model()
+    handle = prac.compress(net, budget=PEAKS["lean"], batch=real_batch())
+    assert handle.choice.name == "lean" and handle.config == prac.PRESETS["lean"]
+    assert isinstance(net.model.layers[0].mlp, Compressed)
+    text = handle.summary()
+    assert "lean fits" in text and "To go further: lean+attention8 would take" in text
+    assert handle.choice.further[1] == PEAKS["lean+attention8"]
+    net.train()(**real_batch()).loss.backward()
+    handle.restore()
+    assert type(net.model.layers[0].mlp).__name__ == "LlamaMLP" and net(**real_batch()).logits.dim() == 3
+
+
+def test_a_model_that_fits_is_left_as_it_is() -> None:
+    for name, loses_logits in (("plain", False), ("chunked loss", True)):
+        net = real_model()
+        before = {name: type(module) for name, module in net.named_modules()}
+        handle = prac.compress(net, budget=PEAKS[name], batch=real_batch())
+        assert handle.choice.name == name and handle.choice.config is None
+        assert {name: type(module) for name, module in net.named_modules()} == before
+        assert "plain training fits the budget: stays in full" in handle.summary()
+        out = net.train()(**real_batch())
+        assert out.loss.requires_grad and handle.step == 0
+        assert (type(out.logits) is not Tensor) == loses_logits
+        handle.restore()
+        assert type(net(**real_batch()).logits) is Tensor
+
+
+def test_a_budget_is_for_a_batch_and_in_place_of_a_config() -> None:
+    net = real_model()
+    for wrong, error, words in (
+        ({"budget": "1GiB"}, ValueError, "batch=batch"),
+        ({"budget": "1GiB", "batch": real_batch(), "config": "lean"}, ValueError, "takes the place of config"),
+        ({"budget": "1GiB", "batch": real_batch(), "loss": "chunked"}, ValueError, "takes the place of loss"),
+        ({"budget": "much", "batch": real_batch()}, ValueError, "got 'much'"),
+        ({"batch": real_batch()}, TypeError, "takes batch for a budget alone"),
+        ({"optimiser": None}, TypeError, "optimiser"),
+        ({"budget": "1GiB", "batch": real_batch(), "optimiser": None}, TypeError, "optimiser"),
+    ):
+        with pytest.raises(error, match=words):
+            prac.compress(net, **wrong)
+        assert type(net.model.layers[0].mlp).__name__ == "LlamaMLP"
+
+
+def test_where_nothing_fits_it_says_what_else_to_try() -> None:
+    net = real_model()
+    with pytest.raises(ValueError, match="is not enough") as e:
+        prac.compress(net, budget=PEAKS["small"] * 9 // 10, batch=real_batch())
+    text = str(e.value)
+    assert "checkpointing as well" in text and "LoRA" in text and "in 8 bits a quarter" in text
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in net.modules())
+    assert type(net.model.layers[0].mlp).__name__ == "LlamaMLP"
+    peaks = [float(word) for word in text.split("_enable()): ")[1].split()[:1]]
+    assert 0 < peaks[0] * 2**20 < PEAKS["small"]

@@ -8,7 +8,7 @@ from models import FAMILIES, IDS, PAPER, build
 from torch import Tensor, nn
 
 import prac
-from prac.allocation.calibration import GROUP, calibrate
+from prac.allocation.calibration import GROUP, watched_step
 from prac.config import Config
 from prac.layers import Compressed
 
@@ -50,7 +50,7 @@ def test_what_is_measured_are_the_gradients_of_the_model(family: str, config: Co
     for name, layer in layers.items():
         for estimator in handle.read_by(name) if layer.kind == "linear" else []:
             readers.setdefault(estimator.name, []).append(name)
-    found = calibrate(handle, batch, loss=loss)
+    found = watched_step(handle, batch, loss=loss)
     handle.restore()
     assert found
     energies = exact(model, batch, {tensor.name: readers[tensor.name] for tensor in found})
@@ -83,7 +83,8 @@ def test_a_layer_that_runs_twice(checkpointed: bool) -> None:
         model.a.forward = lambda x: torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=False)
     handle = prac.compress(model, Config(min_width=1), include="*", example=x_MN)
     found = {
-        tensor.name.removesuffix(".0"): tensor for tensor in calibrate(handle, x_MN, loss=lambda y: y.square().mean())
+        tensor.name.removesuffix(".0"): tensor
+        for tensor in watched_step(handle, x_MN, loss=lambda y: y.square().mean())
     }
     handle.restore()
     model(x_MN).square().mean().backward()
