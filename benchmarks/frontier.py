@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import statistics
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +33,8 @@ import prac
 from prac import PRESETS, Bits, Config, Rank
 from prac.lab.materials import blocks
 from prac.lab.measured import block as bench
-from prac.lab.report import page, plots, results
-from prac.lab.runs import checkpoints, children, train
+from prac.lab.report import plots, results
+from prac.lab.runs import checkpoints, several, train
 from prac.lab.runs.options import options
 
 HERE = Path(__file__).parent / "results"
@@ -58,43 +56,28 @@ def settings() -> dict[str, Config | None]:
     return found
 
 
-def spelled(keep: Rank | Bits | None) -> str:
-    """As `prac train` takes it."""
-    if isinstance(keep, Rank):
-        return f"{keep.r1},{keep.r2}" + (f"@{keep.bits.bits}bits" if keep.bits else "")
-    return "none" if keep is None else f"{keep.bits}bits"
-
-
 def command(name: str, config: Config | None) -> list[str]:
     """The options of `prac train` for one setting."""
     if config is None or name == "paper":
         return ["--method", name]
     kinds = ("group", "linear", "norm", "activation")
-    options = [part for kind in kinds for part in (f"--{kind}", spelled(getattr(config, kind)))]
+    options = [part for kind in kinds for part in (f"--{kind}", str(getattr(config, kind)).lower())]
     attention = [] if config.attention_bits is None else ["--attention-bits", str(config.attention_bits)]
     return ["--method", "lean", *options, *attention]
 
 
 def losses(arguments: argparse.Namespace) -> dict[str, dict[int, float]]:
     """The final validation loss of every setting and seed."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    common = ["--steps", str(arguments.steps), "--batch-size", str(arguments.batch_size)]
-    common += ["--save-every", "0", "--eval-every", "0", "--resume", "--quiet"]
-
-    def run(job: tuple[int, str]) -> float:
-        seed, name = job
-        folder = arguments.runs / f"{name.replace(' ', '-').replace(',', '')}-seed{seed}"
-        options = command(name, settings()[name])
-        if children.launch(["train", *common, *options, "--seed", str(seed), "--out", str(folder)]):
-            raise SystemExit(f"{name} failed; its folder is {folder}")
-        loss: float = page.read_run(folder)["row"]["val_loss"]
-        print(f"{name:26s} seed {seed}: {loss:.4f}", flush=True)
-        return loss
-
-    jobs = [(seed, name) for seed in arguments.seeds for name in settings()]
-    with ThreadPoolExecutor(arguments.workers) as pool:
-        found = dict(zip(jobs, pool.map(run, jobs), strict=True))
-    return {name: {seed: found[seed, name] for seed in arguments.seeds} for name in settings()}
+    common = ["--steps", str(arguments.steps), "--batch-size", str(arguments.batch_size), "--eval-every", "0"]
+    jobs = {(seed, name): f"{name.replace(' ', '-').replace(',', '')}-seed{seed}"
+            for seed in arguments.seeds for name in settings()}  # fmt: skip
+    wanted = {
+        job: [*common, *command(name, settings()[name]), "--seed", str(seed)] for (seed, name), job in jobs.items()
+    }
+    runs = several.gather(wanted, arguments.runs, arguments.workers)
+    if len(runs) < len(jobs):
+        raise SystemExit(f"{len(jobs) - len(runs)} runs failed; their folders are in {arguments.runs}")
+    return {name: {seed: runs[jobs[seed, name]]["row"]["val_loss"] for seed in arguments.seeds} for name in settings()}
 
 
 def variances(folder: Path) -> dict[str, float]:
@@ -168,7 +151,6 @@ def main() -> None:
     found = losses(arguments)
     if arguments.losses_only:
         return
-    del os.environ["OMP_NUM_THREADS"]
     spread = variances(arguments.runs / "plain-seed0")
     shape = blocks.shape("llama", hidden=1024, tokens=2048)
     costs = {row.method: row for row in bench.measure(shape, settings(), repeats=arguments.repeats)}

@@ -9,16 +9,14 @@
 from __future__ import annotations
 
 import argparse
-import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from prac.lab.report import page, plots, results
-from prac.lab.runs import children
+from prac.lab.report import plots, results
+from prac.lab.runs import several
 from prac.runtime import files
 
 HERE = Path(__file__).parent / "results"
@@ -49,19 +47,13 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/growth"), help="run folders go here")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, each on one thread (default: 2)")
     arguments = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
     common = ["--steps", str(arguments.steps), "--batch-size", str(arguments.batch_size), "--lr", arguments.lr]
-    common += ["--save-every", "0", "--resume", "--quiet"]
-
-    def run(name: str) -> dict[str, object]:
-        folder = arguments.runs / name.replace(" ", "-").replace(",", "")
-        code = children.launch(["train", *SETTINGS[name], *common, "--out", str(folder)])
-        if code:
-            raise SystemExit(f"{name} failed (exit code {code}); its folder is {folder}")
-        return page.read_run(folder)
-
-    with ThreadPoolExecutor(arguments.workers) as pool:
-        runs = dict(zip(SETTINGS, pool.map(run, SETTINGS), strict=True))
+    folders = {name: name.replace(" ", "-").replace(",", "") for name in SETTINGS}
+    jobs = {folders[name]: [*own, *common] for name, own in SETTINGS.items()}
+    found = several.gather(jobs, arguments.runs, arguments.workers)
+    if len(found) < len(jobs):
+        raise SystemExit(f"{len(jobs) - len(found)} runs failed; their folders are in {arguments.runs}")
+    runs = {name: found[folder] for name, folder in folders.items()}
 
     table = Table(title=f"llama-tiny on sotu, {arguments.steps} steps")
     for column in ("setting", "validation loss"):

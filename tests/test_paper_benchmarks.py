@@ -57,11 +57,11 @@ def test_unknown_options_are_for_prac_train(load, monkeypatch):
 def test_a_failed_run_is_left_out_and_the_rest_comes_through(load, monkeypatch, tmp_path, capsys):
     common = load("common")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(common.children, "launch", lambda argv, threads: int("bad" in argv))
-    monkeypatch.setattr(common.page, "read_run", lambda folder: {"row": {"val_loss": 1.0}, "folder": folder})
+    monkeypatch.setattr(common.several.children, "launch", lambda argv, threads: int("bad" in argv))
+    monkeypatch.setattr(common.several.page, "read_run", lambda folder: {"row": {"val_loss": 1.0}, "folder": folder})
     found = common.train({"a-seed0": ["bad"], "b-seed0": ["good"], "b-seed1": ["good"]}, tmp_path, 2)
     assert list(found) == ["b-seed0", "b-seed1"]
-    assert "a-seed0 failed and is left out" in capsys.readouterr().err
+    assert "a-seed0: failed and is left out" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="no run came through"):
         common.train({"a-seed0": ["bad"]}, tmp_path, 1)
 

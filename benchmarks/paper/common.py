@@ -12,7 +12,6 @@ import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,9 @@ from rich.table import Table
 from prac.lab.commands import main
 from prac.lab.commands import train as command
 from prac.lab.materials import models
-from prac.lab.report import page, plots, results
+from prac.lab.report import plots, results
 from prac.lab.report.table import spread
-from prac.lab.runs import children
+from prac.lab.runs import several
 from prac.lab.runs.options import Options
 from prac.runtime import files
 
@@ -129,30 +128,10 @@ def train(wanted: Jobs, folder: Path, workers: int) -> dict[str, Run]:
     Raises:
         SystemExit: if none came through.
     """
-    console, threads = Console(stderr=True), children.threads_each(workers)
-
-    def one(name: str) -> Run | None:
-        where = ["--out", str(folder / name), "--resume", "--quiet"]
-        code = children.launch(["train", "--save-every", "0", *wanted[name], *where], threads)
-        return page.read_run(folder / name) if code == 0 else None
-
-    found: dict[str, Run] = {}
-    with ThreadPoolExecutor(workers) as pool:
-        waiting = {pool.submit(one, name): name for name in wanted}
-        for count, future in enumerate(as_completed(waiting), 1):
-            name, run = waiting[future], future.result()
-            if run is None:
-                console.print(
-                    f"[{count}/{len(wanted)}] {name} failed and is left out: {folder / name}",
-                    markup=False,
-                    soft_wrap=True,
-                )
-                continue
-            found[name] = run
-            console.print(f"[{count}/{len(wanted)}] {name}: loss {run['row']['val_loss']:.4f}", markup=False)
+    found = several.gather(wanted, folder, workers)
     if not found:
         raise SystemExit(f"no run came through; their folders are in {folder}")
-    return {name: found[name] for name in wanted if name in found}  # in the order wanted
+    return found
 
 
 def by_setting(runs: Mapping[str, Run]) -> dict[str, list[Run]]:

@@ -86,9 +86,7 @@ class Method:
     def refresh_seconds(self, count: int) -> float:
         """The time of a step in which every subspace is due, T1 steps later."""
         assert self.handle is not None
-        later = self.handle.step + self.handle.config.T1
-        while self.handle.step < later:
-            self.handle.tick()
+        meters.until_refresh(self.handle)
         return self.seconds(count)
 
 

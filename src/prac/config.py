@@ -37,6 +37,14 @@ class Bits:
         if isinstance(self.group, bool) or not isinstance(self.group, int) or self.group < 4:
             raise ValueError(f"group must be a whole number of at least 4 features, got {self.group!r}.")
 
+    @property
+    def label(self) -> str:
+        """For a table: ``4 bits``."""
+        return "in full" if self.bits == 32 else f"{self.bits} bits"
+
+    def __str__(self) -> str:
+        return f"{self.bits}bits"
+
 
 @dataclass(frozen=True)
 class Rank:
@@ -79,6 +87,10 @@ class Rank:
             raise ValueError("rank 0 keeps nothing: give r1, r2 or both a value above 0.")
         if not (math.isfinite(self.k) and self.k > 0):
             raise ValueError(f"k must be finite and positive (1.0 is unbiased), got {self.k!r}.")
+
+    def __str__(self) -> str:
+        scale = "" if self.k == 1 else f",{self.k}"
+        return f"{self.r1},{self.r2}{scale}" + ("" if self.bits is None else f"@{self.bits}")
 
     def resolve(self, width: int, where: str = "") -> tuple[int, int]:
         """The number of directions ``(r1, r2)`` for a width of ``width`` features.
@@ -139,6 +151,33 @@ class Factors:
 
 # How one tensor is kept.
 Keep = Rank | Bits | Factors
+
+
+def parse_keep(text: str) -> Rank | Bits | None:
+    """The inverse of ``str``: ``4bits``, ``0.3,0.3`` or ``64,64``, with a k (``0.3,0.3,1.2``) or bits (``@8bits``).
+
+    ``none`` is None. Bits have their default group.
+
+    Raises:
+        ValueError: for anything else.
+
+    >>> parse_keep("0.3,0.3@8bits") == Rank(0.3, 0.3, bits=Bits(8)), str(parse_keep("64,64,1.2"))
+    (True, '64,64,1.2')
+    """
+    if text == "none":
+        return None
+    rank, _, bits = text.partition("@") if not text.endswith("bits") or "@" in text else ("", "@", text)
+    try:
+        stored = Bits(int(bits.removesuffix("bits"))) if bits else None
+        if not rank:
+            return stored
+        numbers = [int(part) if part.strip().isdecimal() else float(part) for part in rank.split(",")]
+        if len(numbers) in (2, 3):
+            return Rank(numbers[0], numbers[1], float((*numbers, 1.0)[2]), stored)
+    except ValueError as error:
+        if not str(error).startswith(("invalid literal", "could not convert")):
+            raise
+    raise ValueError(f"{text!r} is not R1,R2 or R1,R2,K (perhaps with @8bits), nor 4bits, nor none")
 
 
 @dataclass(frozen=True)

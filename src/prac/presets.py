@@ -5,8 +5,8 @@ from __future__ import annotations
 from prac.config import Bits, Config, Factors, Rank
 
 PRESETS: dict[str, Config] = {
-    # No loss that we could measure (README), at plain training's speed within some 7%. 4 bits for what enters weight
-    # gradients, where rounding is unbiased and averages out; 8 for what a nonlinearity follows.
+    # No loss that we could measure (docs/results.md), at plain training's speed within some 7%. 4 bits for what enters
+    # weight gradients, where rounding is unbiased and averages out; 8 for what a nonlinearity follows.
     "lean": Config(linear=Bits(8), norm=Bits(8), activation=Bits(8), group=Bits(4)),
     # The fewest operations: thin products for the weights of every norm group, at the price of noisy gradients. Its
     # intervals grow from the first step on: with a stale basis at so low a rank, early training stands still.

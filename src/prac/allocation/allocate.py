@@ -20,7 +20,6 @@ from prac.convert.conversion import Filter
 from prac.convert.example import example_for
 from prac.estimators.base import Estimator
 from prac.estimators.subspace import subspaces_among
-from prac.layers import Compressed
 from prac.presets import as_config
 from prac.runtime.running import Example
 from prac.runtime.text import aligned
@@ -221,7 +220,7 @@ def _survey(model: nn.Module, config: Config, how: dict[str, Any]) -> _Survey:
         warnings.simplefilter("ignore")
         handle = compress(model, config, **how)
     try:
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, Compressed)}
+        layers = handle.layers()
         keeps = {e.name: _keep(e) for name in layers for e in handle.read_by(name)}
         norms = {name for name, layer in layers.items() if layer.kind == "norm"}
         return _Survey(sum(row.after or 0 for row in handle.rows()), keeps, norms)
@@ -260,6 +259,6 @@ def _measure(
 
 def _label(keep: Choice) -> str:
     if isinstance(keep, Bits):
-        return "in full" if keep.bits == 32 else f"{keep.bits} bits"
+        return keep.label
     rank = f"{keep.r1}+{keep.r2}" if isinstance(keep.r1, int) else f"{keep.r1}n+{keep.r2}n"
-    return rank if keep.bits is None else f"{rank}, {keep.bits.bits} bits"
+    return rank if keep.bits is None else f"{rank}, {keep.bits.label}"

@@ -21,8 +21,10 @@ from prac.estimators.bases import gram_matrix
 from prac.estimators.clock import Clock
 from prac.estimators.codes import Tensors
 from prac.layers import Compressed, SharedNorm
+from prac.layers.linear import Linear
 from prac.runtime import kernel
-from prac.runtime.running import Example, call, in_mode, loss_of
+from prac.runtime.kernel import as_written
+from prac.runtime.running import Example, buffers_kept, call, in_mode, loss_of
 
 # Put in for the rank of norm groups, and found again by its identity: how a tensor is known to be such a group's.
 GROUP = Rank(1, 1)
@@ -167,30 +169,25 @@ def watched_step(
     places = _watch(handle)
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = parameters[0].device if parameters else torch.device("cpu")
-    buffers = [(b, b.clone()) for b in model.buffers()]
     cast = nullcontext() if autocast is None else torch.autocast(device.type, autocast)
-    try:
-        with (
-            in_mode(model, training=True),
-            torch.enable_grad(),
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            kernel.run_by(_as_written),
-        ):
-            with cast:
-                value = loss_of(call(model, batch), loss)
-            # Not backward(): the gradients that are there stay, and so does an optimizer that steps inside of it.
-            torch.autograd.grad(value, parameters, allow_unused=True)
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+    with (
+        buffers_kept(model),
+        in_mode(model, training=True),
+        torch.enable_grad(),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        kernel.run_by(as_written),
+    ):
+        with cast:
+            value = loss_of(call(model, batch), loss)
+        # Not backward(): the gradients that are there stay, and so does an optimizer that steps inside of it.
+        torch.autograd.grad(value, parameters, allow_unused=True)
     default = next(model.parameters()).dtype
     return [_measured(place, default) for place in places if place.watch.grads]
 
 
 def _watch(handle: Handle) -> list[_Place]:
     """Put a watch in the place of every estimator that linear layers read from, and keep all else in full."""
-    layers = {name: m for name, m in handle.model.named_modules() if isinstance(m, Compressed)}
+    layers = handle.layers()
     reads = {name: handle.read_by(name) for name in layers}
     makers: dict[Estimator, Compressed] = {}
     for name, layer in layers.items():
@@ -227,9 +224,9 @@ def _output_bytes(layer: Compressed) -> int:
     outputs = layer.estimators.get("y")
     if outputs is None or outputs.bits is None:
         return 0
+    assert isinstance(layer, Linear)
     weight = layer.get_parameter("weight")
-    width = layer.estimators["x"].width or getattr(layer, "in_features", 0) or weight.shape[0]
-    outputs.width = weight.numel() // width
+    _, outputs.width = layer.widths(weight)
     return outputs.bytes_per_token(weight.dtype.itemsize)
 
 
@@ -259,7 +256,3 @@ def _measured(place: _Place, default: torch.dtype) -> Measured:
     weight = getattr(maker, "weight", None)
     itemsize = (default if weight is None else weight.dtype).itemsize
     return Measured(watch.name, x_MN, weight_M, second_NN, gamma_N, itemsize, place.ranked, place.beside, halves)
-
-
-def _as_written(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    return function(*args)

@@ -12,7 +12,7 @@ from prac.convert.conversion import Conversion, Filter
 from prac.convert.example import example_for
 from prac.convert.first_batch import FirstBatch, structure_of
 from prac.convert.handle import Handle
-from prac.layers import Compressed
+from prac.layers import layers_of
 from prac.presets import as_config
 from prac.runtime.running import Example
 
@@ -83,7 +83,7 @@ def compress(
         raise TypeError(f"prac.compress takes a model (an nn.Module), got {type(model).__name__}.")
     if loss not in (None, "chunked"):
         raise ValueError(f'loss must be "chunked" or None, got {loss!r}.')
-    if any(isinstance(module, Compressed) for module in model.modules()):
+    if layers_of(model):
         raise ValueError("this model is compressed already; call handle.restore() on the handle you have first.")
     if budget is not None:
         given = {"config": config, "example": example, "loss": loss}

@@ -18,7 +18,7 @@ from prac.convert.plan import Plan
 from prac.convert.probe import Structure
 from prac.estimators.base import Estimator
 from prac.estimators.clock import Clock
-from prac.layers import Compressed, ElementWise, Match, Source, attention, overrides_forward, recognise, swap, unswap
+from prac.layers import ElementWise, Match, Source, attention, layers_of, overrides_forward, recognise, swap, unswap
 from prac.layers.record import Shared
 from prac.runtime.fake import is_fake
 from prac.runtime.warn import warn
@@ -56,7 +56,7 @@ class Conversion:
 
     def found(self, model: nn.Module) -> Found:
         """What each module is recognised as, by name."""
-        layers = [module for module in model.modules() if isinstance(module, Compressed)]
+        layers = layers_of(model).values()
         for layer in layers:
             layer._prac.suspended = True
         try:
@@ -70,7 +70,7 @@ class Conversion:
     def names(self, model: nn.Module, found: Found | None = None) -> list[str]:
         """Of the modules whose inputs and outputs matter."""
         found = self.found(model) if found is None else found
-        layers = {name for name, module in model.named_modules() if isinstance(module, Compressed)}
+        layers = layers_of(model)
         return [name for name, match in found.items() if isinstance(match, Match) or name in layers]
 
     def plan(self, model: nn.Module, structure: Structure | None, found: Found | None = None) -> Layers:

@@ -20,7 +20,7 @@ from prac.convert.rows import maker_of, remarks_on, rows_of
 from prac.convert.summary import Row, table
 from prac.estimators.base import Estimator, Kept
 from prac.estimators.subspace import Subspace, subspaces_among
-from prac.layers import Compressed
+from prac.layers import Compressed, layers_of
 from prac.runtime.running import Example, call, in_mode
 
 
@@ -49,9 +49,7 @@ class Handle:
         self._clock.tick()
 
     def __repr__(self) -> str:
-        return (
-            f"<prac.Handle: {len(self._layers())} compressed layers of {type(self.model).__name__}, step {self.step}>"
-        )
+        return f"<prac.Handle: {len(self.layers())} compressed layers of {type(self.model).__name__}, step {self.step}>"
 
     # --- looking ---------------------------------------------------------------------
 
@@ -120,7 +118,7 @@ class Handle:
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Inside the block the model trains as it did before: everything is kept in full, gradients are exact."""
-        layers = self._layers().values()
+        layers = self.layers().values()
         for layer in layers:
             layer._prac.suspended = True
         try:
@@ -131,7 +129,7 @@ class Handle:
 
     def read_by(self, name: str) -> list[Estimator]:
         """The estimators that keep what a compressed layer reads: its own, or those of the layer that it reads from."""
-        layers = self._layers()
+        layers = self.layers()
         maker = layers.get(maker_of(layers, name))
         if maker is None:
             return []
@@ -184,11 +182,12 @@ class Handle:
             self._chunked = None
         return self.model
 
-    def _layers(self) -> dict[str, Compressed]:
-        return saved_state.layers_of(self.model)
+    def layers(self) -> dict[str, Compressed]:
+        """The compressed layers, by name."""
+        return layers_of(self.model)
 
     def _estimators(self) -> Iterator[Estimator]:
-        yield from dict.fromkeys(e for layer in self._layers().values() for e in layer.estimators.values())
+        yield from dict.fromkeys(e for layer in self.layers().values() for e in layer.estimators.values())
 
     def subspaces(self) -> Iterator[Subspace]:
         """Every subspace, once."""

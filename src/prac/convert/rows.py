@@ -13,7 +13,8 @@ from prac.convert.conversion import Conversion
 from prac.convert.plan import INSIDE
 from prac.convert.summary import Row, is_leaf, why_left
 from prac.estimators.base import Estimator
-from prac.layers import Compressed, Match, Source, recognise
+from prac.layers import Compressed, Match, Source, layers_of, recognise
+from prac.layers.linear import Linear
 
 ADDED = "added or changed since: stays in full"
 
@@ -25,7 +26,7 @@ def rows_of(model: nn.Module, conversion: Conversion) -> list[Row]:
 
 def remarks_on(rows: Sequence[Row], model: nn.Module, conversion: Conversion) -> Iterator[str]:
     """What is to be said of them together."""
-    layers = [module for module in model.modules() if isinstance(module, Compressed)]
+    layers = list(layers_of(model).values())
     if layers and not model.training:
         yield "The model is in eval mode, in which nothing is compressed: call model.train() before training."
     if not conversion.is_final:
@@ -71,7 +72,7 @@ class _Rows:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.device = next((p.device for p in model.parameters()), None)
-        self.layers = {name: m for name, m in model.named_modules() if isinstance(m, Compressed)}
+        self.layers = layers_of(model)
         self.described: dict[Estimator | Source, str] = {}  # who first keeps it
 
     def all(self, notes: Mapping[nn.Module, str], is_undone: bool) -> list[Row]:
@@ -147,10 +148,11 @@ class _Rows:
         self.described[source] = name
         weight = _weight(layer)
         assert weight is not None
-        width = layer.estimators["x"].width or getattr(layer, "in_features", 0) or weight.shape[0]
+        assert isinstance(layer, Linear)
+        width, width_out = layer.widths(weight)
         outputs, after = layer.estimators.get("y"), 0
         if outputs is not None and outputs.bits is not None:
-            outputs.width = weight.numel() // width
+            outputs.width = width_out
             after = outputs.bytes_per_token(dtype.itemsize)
         # A module is called by its own name where it is the parent, as an MLP is of its down projection.
         short = maker_name.rpartition(".")[2] if name.startswith(f"{maker_name}.") else _short(maker_name, name)

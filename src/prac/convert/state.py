@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prac.estimators.base import Estimator
 from prac.estimators.clock import Clock
 from prac.estimators.subspace import subspaces_among
-from prac.layers import Compressed
+from prac.layers import Compressed, layers_of
 from prac.runtime import files
 from prac.runtime.processes import process
 
@@ -51,11 +51,6 @@ def take_up(state: dict[str, Any], model: nn.Module, clock: Clock) -> None:
     for subspace in subspaces_among(_estimators(layers)):
         subspace.load_state_dict(state["subspaces"][subspace.name])
     clock.step = state["step"]
-
-
-def layers_of(model: nn.Module) -> dict[str, Compressed]:
-    """Its compressed layers, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Compressed)}
 
 
 def subspaces_of(model: nn.Module) -> list[Tensor]:

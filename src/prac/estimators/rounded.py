@@ -85,7 +85,7 @@ class Stored(Estimator):
 
     def label(self) -> str:
         """``4 bits``."""
-        return "in full" if self.bits is None or self.bits.bits == 32 else f"{self.bits.bits} bits"
+        return "in full" if self.bits is None else self.bits.label
 
     def bytes_per_token(self, itemsize: int) -> int:
         """Bytes kept of a token."""

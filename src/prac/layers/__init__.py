@@ -25,11 +25,17 @@ __all__ = [
     "Match",
     "SharedNorm",
     "Source",
+    "layers_of",
     "overrides_forward",
     "recognise",
     "swap",
     "unswap",
 ]
+
+
+def layers_of(model: nn.Module) -> dict[str, Compressed]:
+    """The compressed layers of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Compressed)}
 
 
 def recognise(

@@ -29,6 +29,11 @@ class Linear(Compressed):
         """Weight (o, n) and bias (o,)."""
         return self.weight, self.bias
 
+    def widths(self, weight: Tensor) -> tuple[int, int]:
+        """Features in and out, by the number of its weights, since one in few bits has another shape."""
+        n = self.estimators["x"].width or getattr(self, "in_features", 0) or weight.shape[0]
+        return n, weight.numel() // n
+
     def is_plain(self) -> bool:
         """Whether it computes what it did, with a weight that is a tensor as any other."""
         own_forward = type(self).forward is Compressed.forward and "forward" not in vars(self)

@@ -42,9 +42,14 @@ LADDER = (
         "lean+attention8",
         PRESETS["lean"].replace(attention_bits=8),
         True,
-        "the same, and q, k, v and the output of attention in 8 bits",
+        "exact gradients: as lean, and q, k, v and the output of attention in 8 bits",
     ),
-    Rung("small", PRESETS["small"], True, "everything in 4 bits, attention too: those of q and k off by a sixth"),
+    Rung(
+        "small",
+        PRESETS["small"],
+        True,
+        "exact gradients: everything in 4 bits, attention too; q and k's are off by a sixth",
+    ),
 )
 
 

@@ -16,7 +16,7 @@ from prac.convert.chunked_loss import ChunkedLoss
 from prac.convert.compress import compress
 from prac.convert.conversion import Filter
 from prac.convert.state import subspaces_of
-from prac.layers import Compressed
+from prac.layers import layers_of
 from prac.memory.breakdown import Breakdown
 from prac.memory.kinds import ACTIVATIONS
 from prac.memory.tracker import Tracker
@@ -76,7 +76,7 @@ def predict(
     ...     ids = torch.empty(128, 256, dtype=torch.long)
     >>> print(predict(model, {"input_ids": ids, "labels": ids}, "lean"))
     """
-    if any(isinstance(module, Compressed) for module in model.modules()):
+    if layers_of(model):
         raise ValueError("predict takes the model before compress, and the config; call handle.restore() first.")
     with faked(model, batch) as (model, batch):
         if chunked_loss:
@@ -130,7 +130,7 @@ def _started(make: OptimizerFactory, model: nn.Module, gradients: Callable[[], N
 
 
 def _is_factored(model: nn.Module) -> bool:
-    estimators = (e for m in model.modules() if isinstance(m, Compressed) for e in m.estimators.values())
+    estimators = (e for layer in layers_of(model).values() for e in layer.estimators.values())
     return any(getattr(e, "factored", False) for e in estimators)
 
 

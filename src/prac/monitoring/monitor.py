@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from prac.monitoring.readings import LayerStats, Reading
 from prac.monitoring.rerun import Call
 from prac.runtime import files, kernel
 from prac.runtime.processes import process
+from prac.runtime.running import buffers_kept
 from prac.runtime.warn import warn
 
 _START = '{"step": '  # of a line in a file of readings
@@ -97,7 +98,8 @@ class Monitor:
                 "nothing to measure. Compress the module that the training loop calls, not a larger one."
             )
             return None
-        reading = self._measure(seen)
+        with buffers_kept(self.handle.model):
+            reading = self._measure(seen)
         self._remember(reading)
         return reading
 
@@ -138,7 +140,6 @@ class Monitor:
             before, now = errors.get(estimator, (0.0, 0.0)), squares(x, what)
             errors[estimator] = (before[0] + now[0], before[1] + now[1])
 
-        buffers = [(b, b.clone()) for b in model.buffers()]
         grads = [(p, p.grad) for p in parameters]
         for p in parameters:
             p.grad = None
@@ -148,7 +149,7 @@ class Monitor:
                 model(*call.inputs[0], **call.inputs[1])
             exact = self._exact(call, parameters)
             # Parts have a shape of their own, which is not worth compiling kernels for.
-            with call.again(), self.handle.observed(look), kernel.run_by(_as_written):
+            with call.again(), self.handle.observed(look), kernel.run_by(kernel.as_written):
                 for args, kwargs, outer in call.parts(self.parts):
                     output = model(*args, **kwargs)
                     if exact is not None:
@@ -159,9 +160,6 @@ class Monitor:
         finally:
             for p, grad in grads:
                 p.grad = grad
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
         refreshes = sum(e.refreshes for e in errors)
         return Reading(self._step, found.total, refreshes, tuple(self._layers(found.by_module, errors, gradients)))
 
@@ -174,7 +172,7 @@ class Monitor:
             self._warn("an optimizer steps inside of backward, so gradients cannot be measured.")
             return None
         try:
-            with call.again(), self.handle.suspended(), kernel.run_by(_as_written):
+            with call.again(), self.handle.suspended(), kernel.run_by(kernel.as_written):
                 for args, kwargs, outer in call.parts(self.parts):
                     call.backward(self.handle.model(*args, **kwargs), outer)
         except torch.OutOfMemoryError:
@@ -235,10 +233,6 @@ class Monitor:
             warn(f"prac.Monitor, step {self._step}: {problem}")
 
 
-def _as_written(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    return function(*args)
-
-
 def _look_away(estimator: Estimator, x: Tensor, what: Kept) -> None:
     """Being observed keeps an estimator from being refreshed."""
 
@@ -255,10 +249,10 @@ def read(path: str | Path) -> list[Reading]:
     if not path.exists():
         return []
     try:
-        *lines, rest = path.read_text().split("\n")
+        rows, rest = files.read_lines(path)
         if rest and not rest.startswith(_START):
             raise ValueError(rest)
-        return [Reading.from_dict(json.loads(line)) for line in lines]
+        return [Reading.from_dict(row) for row in rows]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no readings of a prac.Monitor; move it out of the way.") from error
 

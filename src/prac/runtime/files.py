@@ -36,6 +36,26 @@ def write_json(path: Path, data: Any) -> None:
     write(path, json.dumps(data, indent=2) + "\n")
 
 
+def read_lines(path: Path) -> tuple[list[Any], str]:
+    """The rows of a JSON-lines file, and what is left of a last line that a crash cut short, or "".
+
+    Raises:
+        ValueError: with the name of the file, if another line is damaged.
+    """
+    rows: list[Any] = []
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(
+                    f"line {number} of {path} is damaged ({error}): restore the file from a copy, or delete it."
+                ) from error
+            return rows, line.decode(errors="replace")
+    return rows, ""
+
+
 def make_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Fill a temporary folder, then move it to ``path``; when two processes race, the first wins."""
     with _filled(path, fill) as temporary:

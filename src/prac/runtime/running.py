@@ -89,6 +89,18 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 @contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Puts the numbers in its buffers back, whatever the block changes."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+@contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Puts each module's own mode back, whatever the block changes."""
     modes = [(module, module.training) for module in model.modules()]

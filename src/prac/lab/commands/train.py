@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prac.config import Bits, Config, Keep, Rank
+from prac.config import Config, Keep, parse_keep
 from prac.lab import methods
 from prac.lab.materials import models
 from prac.lab.report import results
@@ -159,21 +159,11 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _keep(text: str) -> Keep | None:
-    """``0.3,0.3`` or ``64,64`` or ``0.3,0.3,1.2``, with ``@8bits`` for Z; ``4bits``; or ``none``."""
-    if text == "none":
-        return None
-    rank, _, bits = text.partition("@") if not text.endswith("bits") or "@" in text else ("", "@", text)
+    """:func:`prac.config.parse_keep` for an argument."""
     try:
-        stored = Bits(int(bits.removesuffix("bits"))) if bits else None
-        if not rank:
-            return stored
-        numbers = [int(part) if part.strip().isdecimal() else float(part) for part in rank.split(",")]
-        if len(numbers) in (2, 3):
-            return Rank(numbers[0], numbers[1], float((*numbers, 1.0)[2]), stored)
+        return parse_keep(text)
     except ValueError as error:
-        if not str(error).startswith(("invalid literal", "could not convert")):
-            raise argparse.ArgumentTypeError(str(error)) from error
-    raise argparse.ArgumentTypeError(f"{text!r} is not R1,R2 or R1,R2,K (perhaps with @8bits), nor 4bits, nor none")
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def options_of(arguments: argparse.Namespace, method: str, seed: int) -> Options:
@@ -218,13 +208,13 @@ def run_several(
     _check(wanted[0], out, arguments)
     import rich.console  # noqa: F401  likewise
 
-    from prac.lab.runs import compare, train
+    from prac.lab.runs import several, train
 
     with ownership.held(out):
-        _check_free([compare.folder(out, each) for each in wanted], arguments)
+        _check_free([several.folder(out, each) for each in wanted], arguments)
         _, blocks = train.prepare(wanted[0])
         read = blocks.read if arguments.resume else None
-        rows, failures = compare.run_each(wanted, out, argv, read, workers, steps_of_turn)
+        rows, failures = several.run_each(wanted, out, argv, read, workers, steps_of_turn)
         if rows:
             _show(rows, [Path(row["out"]) for row in rows], out, arguments, argv, name)
     for failure in failures:

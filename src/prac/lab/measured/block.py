@@ -170,10 +170,7 @@ def _seconds(block: Block, x: Tensor, dy: Tensor) -> float:
 
 def _refreshing_seconds(handle: Handle, block: Block, x: Tensor, dy: Tensor) -> float:
     """The time of a step T1 optimizer steps later, when every subspace is due."""
-    assert handle.config.T1 is not None
-    later = handle.step + handle.config.T1
-    while handle.step < later:
-        handle.tick()
+    meters.until_refresh(handle)
     return _seconds(block, x, dy)
 
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from prac.convert.handle import Handle
 from prac.memory import track_kept
 from prac.memory.allocator import allocated
 
@@ -110,6 +111,14 @@ def allocated_bytes(block: nn.Module, x: Tensor, dy: Tensor) -> StepBytes:
 
 
 # --- operations ----------------------------------------------------------------------------------
+
+
+def until_refresh(handle: Handle) -> None:
+    """Count optimizer steps up to the one in which every subspace is due, T1 later."""
+    assert handle.config.T1 is not None
+    later = handle.step + handle.config.T1
+    while handle.step < later:
+        handle.tick()
 
 
 def step_flops(block: nn.Module, x: Tensor, dy: Tensor) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prac.memory.breakdown import Breakdown
+from prac.memory.kinds import kinds
 from prac.memory.measure import measure, track_kept
 
 
@@ -44,16 +45,15 @@ def kept_by_layer(model: nn.Module, batch: dict[str, Tensor], bf16: bool = False
 
     Returns:
         A row for each module that keeps something: ``module`` (its name), ``block`` (its index, or None outside
-        the blocks), ``kind`` and ``bytes``.
+        the blocks), ``kind`` (:mod:`prac.memory.kinds`) and ``bytes``.
     """
     model.train()
     with track_kept(model) as kept, torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=bf16):
         model(**batch)
-    rows = []
+    rows, of = [], kinds(model)
     for name, count in kept.by_module.items():
         block = re.search(r"\.(\d+)\.", name)
-        kind = _kind(name, model.get_submodule(name))
-        rows.append({"module": name, "block": int(block[1]) if block else None, "kind": kind, "bytes": count})
+        rows.append({"module": name, "block": int(block[1]) if block else None, "kind": of[name], "bytes": count})
     return rows
 
 
@@ -62,15 +62,6 @@ def step(model: nn.Module, batch: dict[str, Tensor], optimizer: Optimizer, bf16:
     if isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     return measure(model.train(), batch, optimizer=optimizer, autocast=torch.bfloat16 if bf16 else None)
-
-
-def _kind(name: str, module: nn.Module) -> str:
-    weight = getattr(module, "weight", None)
-    if not re.search(r"\.\d+\.", name):
-        return "embedding, head, loss"
-    if isinstance(weight, Tensor):
-        return "linear" if weight.ndim == 2 else "norm"
-    return "attention" if "attn" in name or "attention" in name else "activation"
 
 
 def middle_linear(model: nn.Module) -> str:

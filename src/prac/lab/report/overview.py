@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.path import Path
 
 from prac.lab.report import labels, noise
-from prac.lab.report.plots import INK, PALETTE, STYLE, stacked, svg
+from prac.lab.report.plots import INK, KINDS, PALETTE, STYLE, stacked, svg
 from prac.lab.report.results import Row, baseline, by_method, mean, summary, validation
 from prac.lab.report.table import above
 
@@ -110,13 +110,6 @@ def point(runs: list[Row], plain: list[Row]) -> dict[str, Any]:
         "time_spread": time_spread,
         "peak": mean(runs, "peak_bytes") / mean(plain, "peak_bytes"),
     }
-
-
-# Kinds of kept_by_layer, in the order in which they are stacked.
-KINDS = {
-    "linear": "#c8553d", "norm": "#2f6fb0", "activation": "#e08e79", "attention": "#6aa5a9",
-    "selective checkpoints": "#7fa650", "embedding, head, loss": "#b0a08a",
-}  # fmt: skip
 
 
 def kept(runs: list[dict[str, Any]]) -> str:

@@ -57,22 +57,8 @@ def read(path: Path) -> Any:
 
 
 def read_lines(path: Path) -> list[Row]:
-    """The rows of a JSON-lines file; a last line cut short by a crash is left out.
-
-    Raises:
-        ValueError: with the name of the file, if another line is damaged.
-    """
-    rows: list[Row] = []
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise ValueError(
-                    f"line {number} of {path} is damaged ({error}): restore the file from a copy, or delete it."
-                ) from error
-    return rows
+    """The whole rows of :func:`prac.runtime.files.read_lines`; none if there is no such file."""
+    return files.read_lines(path)[0] if path.exists() else []
 
 
 def by_method(rows: list[Row]) -> dict[str, list[Row]]:

@@ -46,7 +46,7 @@ def measured(run: Trained, handle: Handle | None) -> tuple[results.Row, dict[str
         peak["peak_step_bytes"] = step.peak
         if run.method.selective:  # its cache is out of sight of what counts by layer
             rest = step.activations - sum(layer["bytes"] for layer in kept)
-            kept.append({"module": "", "block": None, "kind": "selective checkpoints", "bytes": rest})
+            kept.append({"module": "", "block": None, "kind": "checkpoint", "bytes": rest})
     row = {
         "method": options.method,
         "seed": options.seed,

@@ -102,6 +102,7 @@ def _run(
     options: Options, method: methods.Method, arguments: TrainingArguments, out: Path, resume: bool,
     callbacks: Sequence[TrainerCallback], overwrite: bool,
 ) -> results.Row:  # fmt: skip
+    """Read, make, train, keep, measure."""
     started = time.perf_counter()
     main = arguments.process_index == 0
     with arguments.main_process_first(local=False):
@@ -110,11 +111,7 @@ def _run(
         tokenizer, blocks = prepare(options)
         if resume and (done := run_folder.finished(options, out, blocks.read)):
             return done
-        checkpoint = checkpoints.newest(out) if resume else None
-        if resume and checkpoint is None and main:
-            print(f"prac: {out} holds no checkpoint to go on from: a new run begins.", file=sys.stderr)
-        if checkpoint is not None and main:
-            checkpoints.check(checkpoint)
+        checkpoint = _checkpoint(out, main) if resume else None
 
     set_seed(options.seed)
     model, handle, loss = _model(options, method, tokenizer, checkpoint)
@@ -130,19 +127,8 @@ def _run(
     trainer = _trainer(
         options, method, arguments, out, model, handle, tokenizer, blocks, checkpoint, metrics, callbacks
     )
-    gc.collect()
-    training.reset_peak()
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except OSError as error:  # of what callbacks write
-        here = checkpoint_folder(arguments, trainer.state)
-        what = Path(error.filename or out)
-        raise checkpoints.ended(what, error, here, arguments, trainer.model, tokenizer) from error
-    peak = {"peak_process_bytes": training.peak_process_bytes()}
-    if torch.cuda.is_available():
-        peak["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
+    peak = _train(trainer, out, checkpoint)
     _keep_model(options, trainer, out)
-    trainer.remove_callback(TensorBoardCallback)  # it would open a folder of its own
     row, details = outcome.measured(outcome.Trained(options, method, trainer, blocks, peak), handle)
     row |= {"loss": loss, "tokens_per_s": metrics.tokens_per_s, "train_s": metrics.elapsed}
     row |= {"wall_s": time.perf_counter() - started, "out": str(out)}
@@ -150,6 +136,34 @@ def _run(
         result = results.document("train", [row])
         files.write_json(out / "result.json", result | {"options": options.to_dict()} | details)
     return row
+
+
+def _checkpoint(out: Path, main: bool) -> Path | None:
+    """The newest whole checkpoint in ``out``; the main process checks it, or says that there is none."""
+    checkpoint = checkpoints.newest(out)
+    if main and checkpoint is None:
+        print(f"prac: {out} holds no checkpoint to go on from: a new run begins.", file=sys.stderr)
+    if main and checkpoint is not None:
+        checkpoints.check(checkpoint)
+    return checkpoint
+
+
+def _train(trainer: LabTrainer, out: Path, checkpoint: Path | None) -> dict[str, int]:
+    """Train, from the checkpoint if there is one; the peaks of memory, by name."""
+    gc.collect()
+    training.reset_peak()
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except OSError as error:  # of what callbacks write
+        here = checkpoint_folder(trainer.args, trainer.state)
+        what = Path(error.filename or out)
+        tokenizer = trainer.processing_class
+        raise checkpoints.ended(what, error, here, trainer.args, trainer.model, tokenizer) from error
+    peak = {"peak_process_bytes": training.peak_process_bytes()}
+    if torch.cuda.is_available():
+        peak["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
+    trainer.remove_callback(TensorBoardCallback)  # it would open a folder of its own
+    return peak
 
 
 def _model(

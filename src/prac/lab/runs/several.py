@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
-from prac.lab.report import results
+from prac.lab.report import page, results
 from prac.lab.runs import children, run_folder, turns
 from prac.lab.runs.options import Options
 
@@ -53,6 +55,38 @@ def run_each(
         else:
             failures.append(f"{options.method} seed {options.seed} failed (exit code {code}); its folder is {target}")
     return rows, failures
+
+
+def gather(jobs: Mapping[str, Sequence[str]], folder: Path, workers: int) -> dict[str, dict[str, Any]]:
+    """Run ``prac train`` for each of ``jobs`` that is not complete yet, and say how it ended.
+
+    Args:
+        jobs: arguments of ``prac train``, by the name of the run and of its folder in ``folder``.
+        folder: of all of them.
+        workers: runs at a time; the processor's cores are shared out among them.
+
+    Returns:
+        The runs that came through, as :func:`prac.lab.report.page.read_run` has them, in the order of ``jobs``.
+    """
+    from rich.console import Console
+
+    console, threads = Console(stderr=True), children.threads_each(workers)
+
+    def one(name: str) -> dict[str, Any] | None:
+        where = ["--out", str(folder / name), "--resume", "--quiet"]
+        code = children.launch(["train", "--save-every", "0", *jobs[name], *where], threads)
+        return page.read_run(folder / name) if code == 0 else None
+
+    found = {}
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = {pool.submit(one, name): name for name in jobs}
+        for count, future in enumerate(as_completed(waiting), 1):
+            name, run = waiting[future], future.result()
+            ended = f"failed and is left out: {folder / name}"
+            if run is not None:
+                found[name], ended = run, f"loss {run['row']['val_loss']:.4f}"
+            console.print(f"[{count}/{len(jobs)}] {name}: {ended}", markup=False, soft_wrap=True)
+    return {name: found[name] for name in jobs if name in found}
 
 
 def narrowed(options: Options, target: Path, argv: Sequence[str]) -> list[str]:
