@@ -14,7 +14,7 @@ from prac.layers.base import Compressed, trained
 from prac.layers.marks import mark
 from prac.layers.record import Match
 from prac.layers.way import Difference
-from prac.ops import ACTIVATIONS, Activation, activated, activation
+from prac.ops import ACTIVATIONS, Activation, activation, recomputed
 from prac.runtime.fake import with_numbers
 
 
@@ -51,7 +51,7 @@ class ElementWise(Compressed):
             return self._idle(x)
         estimator, function = self.estimators["x"], self._prac.match.facts
         h = activation(x, function, estimator, compute=self._original)
-        return mark(h, activated(estimator.keep(x), function)) if estimator.complete else h
+        return mark(h, recomputed(estimator.keep(x), function)) if estimator.complete else h
 
 
 def function_of(module: nn.Module, device: torch.device | None = None) -> Activation | None:

@@ -13,7 +13,7 @@ from prac.layers.base import Compressed, is_hooked, trained
 from prac.layers.linear import Linear
 from prac.layers.marks import mark, source_of
 from prac.layers.way import Difference, Way
-from prac.ops import Activation, Normed, activated, activation, glu, norm_mlp, product
+from prac.ops import Activation, Normed, activation, glu, norm_mlp, recomputed, recomputed_product
 from prac.runtime.autocast import autocast_dtype
 
 
@@ -109,7 +109,7 @@ class MLP(Compressed):
             self.keep_nothing()
             return f(g) * u
         h = glu(g, u, roles.function, gate, up, compute=f)
-        return mark(h, product(gate.keep(g), up.keep(u), roles.function)) if self._is_rounded() else h
+        return mark(h, recomputed_product(gate.keep(g), up.keep(u), roles.function)) if self._is_rounded() else h
 
     def _activated(self, x: Tensor) -> Tensor:
         """``f(a)``, (..., m)."""
@@ -119,7 +119,7 @@ class MLP(Compressed):
             self.keep_nothing()
             return f(a)
         h = activation(a, roles.function, gate, compute=f)
-        return mark(h, activated(gate.keep(a), roles.function)) if self._is_rounded() else h
+        return mark(h, recomputed(gate.keep(a), roles.function)) if self._is_rounded() else h
 
     def _is_rounded(self) -> bool:
         """Whether from what is kept the output can be had again, as a linear layer needs it."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from prac.memory.kinds import ACTIVATIONS, REST
+from prac.memory.kinds import KEPT_KINDS, OTHER_KINDS
 from prac.runtime.text import size
 
 
@@ -52,4 +52,4 @@ class Breakdown:
 
 def ordered(kinds: Mapping[str, int]) -> dict[str, int]:
     """The same in the order of the tables."""
-    return {kind: kinds[kind] for kind in (*REST, *ACTIVATIONS) if kind in kinds}
+    return {kind: kinds[kind] for kind in (*OTHER_KINDS, *KEPT_KINDS) if kind in kinds}

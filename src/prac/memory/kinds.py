@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 # Of activations, in the order in which tables and plots show them.
-ACTIVATIONS = ("norm", "attention", "linear", "activation", "embedding", "logits", "checkpoint", "other")
+KEPT_KINDS = ("norm", "attention", "linear", "activation", "embedding", "logits", "checkpoint", "other")
 # Of everything else.
-REST = ("parameters", "optimizer", "gradients", "subspaces", "batch", "step", "temporary")
+OTHER_KINDS = ("parameters", "optimizer", "gradients", "subspaces", "batch", "step", "temporary")
 
 
 def kinds(model: nn.Module) -> dict[str, str]:
-    """One of :data:`ACTIVATIONS` for the name of each module.
+    """One of :data:`KEPT_KINDS` for the name of each module.
 
     By what a module is, so that a sum over a kind says what would be saved by treating that kind differently. Norm
     groups of prac count under the norm that they begin with, MLPs under ``activation``, the output head and whatever

@@ -18,7 +18,7 @@ from prac.convert.conversion import Filter
 from prac.convert.state import subspaces_of
 from prac.layers import layers_of
 from prac.memory.breakdown import Breakdown
-from prac.memory.kinds import ACTIVATIONS
+from prac.memory.kinds import KEPT_KINDS
 from prac.memory.tracker import Tracker
 from prac.runtime.fake import faked
 from prac.runtime.running import Example, call, loss_of, tensors_in
@@ -110,7 +110,7 @@ def predict(
                 each.step()
         for hook in hooks:
             hook.remove()
-    kept = {k: n for k, n in tracker.at(end_of_forward).items() if k in ACTIVATIONS}
+    kept = {k: n for k, n in tracker.at(end_of_forward).items() if k in KEPT_KINDS}
     return Breakdown(tracker.highest, tracker.peak_where, tracker.at(tracker.peak_time), kept)
 
 

@@ -6,7 +6,7 @@ from prac.ops.glu import glu
 from prac.ops.linear import linear
 from prac.ops.norm import layer_norm, rms_norm
 from prac.ops.norm_mlp import norm_mlp
-from prac.ops.recompute import activated, product
+from prac.ops.recompute import recomputed, recomputed_product
 from prac.ops.shared_norm import Norm, Normed, normalise
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "Activation",
     "Norm",
     "Normed",
-    "activated",
     "activation",
     "glu",
     "layer_norm",
@@ -22,6 +21,7 @@ __all__ = [
     "linear_cross_entropy",
     "norm_mlp",
     "normalise",
-    "product",
+    "recomputed",
+    "recomputed_product",
     "rms_norm",
 ]

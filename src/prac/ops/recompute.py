@@ -38,11 +38,11 @@ class Product(Form):
         return self.function.forward(g_MN) * self.u.reconstruct(tensors[self.split :])
 
 
-def activated(kept: Kept, function: Activation) -> Kept:
+def recomputed(kept: Kept, function: Activation) -> Kept:
     """What is kept of ``function(x)``, where ``kept`` is of x."""
     return Kept(kept.tensors, Activated(kept.form, function))
 
 
-def product(g: Kept, u: Kept, function: Activation) -> Kept:
+def recomputed_product(g: Kept, u: Kept, function: Activation) -> Kept:
     """What is kept of ``function(g) u``."""
     return Kept((*g.tensors, *u.tensors), Product(g.form, u.form, len(g.tensors), function))
