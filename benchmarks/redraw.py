@@ -15,18 +15,22 @@ from pathlib import Path
 from prac.lab.report import plots, results
 
 HERE = Path(__file__).parent
-PLOTS = ("adaptive", "frontier", "paper/table1", "paper/table2", "paper/table4", "paper/tables3_6")
+# The script that draws each of them.
+PLOTS = {
+    "adaptive": "adaptive", "frontier": "frontier", "gpu/models": "gpu_figure", "paper/table1": "table1",
+    "paper/table2": "table2", "paper/table4": "table4", "paper/tables3_6": "tables3_6",
+}  # fmt: skip
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sys.path.append(str(HERE / "paper"))
-    for name in PLOTS:
+    for name, script in PLOTS.items():
         path = HERE / "results" / name
         rows = results.read(path.with_suffix(".json"))["rows"]
         plots.save(
             path.with_suffix(".svg"),
-            lambda script=Path(name).name, rows=rows: importlib.import_module(script).draw(rows),
+            lambda script=script, rows=rows: importlib.import_module(script).draw(rows),
         )
 
 

@@ -11,7 +11,10 @@ from pictures import overprints
 from prac.lab.report import plots, results
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-PLOTS = ("adaptive", "frontier", "paper/table1", "paper/table2", "paper/table4", "paper/tables3_6")
+PLOTS = {
+    "adaptive": "adaptive", "frontier": "frontier", "gpu/models": "gpu_figure", "paper/table1": "table1",
+    "paper/table2": "table2", "paper/table4": "table4", "paper/tables3_6": "tables3_6",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -29,7 +32,7 @@ def load(monkeypatch):
 def draw(load, name):
     rows = results.read(BENCHMARKS / "results" / f"{name}.json")["rows"]
     with matplotlib.rc_context(plots.STYLE):
-        return load(Path(name).name).draw(rows), rows
+        return load(PLOTS[name]).draw(rows), rows
 
 
 def test_these_are_all_that_are_drawn_anew(load):
