@@ -11,7 +11,7 @@ import pytest
 from prac.lab.runs import children
 
 # A run that would go on for a minute; and a command that waits for two of them, in the ways that there are.
-CHILD = "import os, pathlib, sys, time; from prac.lab import children; children.end_with_parent(); \
+CHILD = "import os, pathlib, sys, time; from prac.lab.runs import children; children.end_with_parent(); \
 pathlib.Path(sys.argv[1], str(os.getpid())).touch(); time.sleep(60)"
 PARENT = """
 import sys

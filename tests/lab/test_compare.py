@@ -51,11 +51,11 @@ def test_rows_carry_the_contract(compared):
 
 def test_the_page_answers_first(compared):
     out, _ = compared
-    page = (out / "report.html").read_text()
-    assert page.index("Least memory, no loss seen") < page.index("Side by side")
-    assert page.count("<svg") == 4  # frontier, differences, losses, kept
-    assert "prac compare" in page and all(method in page for method in METHODS)
-    assert not re.search(r"(src|href)=\"http", page)
+    text = (out / "report.html").read_text()
+    assert text.index("Least memory, no loss seen") < text.index("Side by side")
+    assert text.count("<svg") == 4  # frontier, differences, losses, kept
+    assert "prac compare" in text and all(method in text for method in METHODS)
+    assert not re.search(r"(src|href)=\"http", text)
     answers = dict(page.answers(results.against_plain(json.loads((out / "rows.json").read_text())["rows"])))
     assert answers["Least memory at all"].split(":")[0] in METHODS
 

@@ -25,20 +25,20 @@ def page(tmp_path):
 
 def test_the_noise_of_one_seed_is_that_of_the_committed_benchmark():
     grouped = results.by_method(results.read(COMPARED)["rows"])
-    gaps = {method: table.above(grouped[method], grouped["plain"]) for method in statistics.PRESETS}
+    gaps = {method: table.above(grouped[method], grouped["plain"]) for method in noise.PRESETS}
     assert all(len(each) == 3 for each in gaps.values())
     squares = statistics.fmean(statistics.variance(each) for each in gaps.values())
-    assert pytest.approx(squares**0.5, abs=5e-4) == statistics.ONE_SEED
+    assert pytest.approx(squares**0.5, abs=5e-4) == noise.ONE_SEED
     run = grouped["plain"][0]
-    assert f"{run['steps']} steps of {run['tokens'] // run['steps']:,} tokens" in statistics.MEASURED_ON
-    assert COMPARED.parts[-3:] == Path(statistics.MEASURED_BY).parts
+    assert f"{run['steps']} steps of {run['tokens'] // run['steps']:,} tokens" in noise.MEASURED_ON
+    assert COMPARED.parts[-3:] == Path(noise.MEASURED_BY).parts
 
 
 def test_a_difference_has_its_own_spread_or_one_that_is_said_to_be_borrowed():
     assert noise.difference([0.02, 0.04]) == "+0.030 ± 0.014"
     assert noise.difference([-0.02]) == "−0.020 (± 0.016)"
     assert noise.difference([-0.0001]) == "+0.000 (± 0.016)"
-    assert noise.deviation([0.1]) == statistics.ONE_SEED and noise.deviation([0.1, 0.1]) == 0
+    assert noise.deviation([0.1]) == noise.ONE_SEED and noise.deviation([0.1, 0.1]) == 0
 
 
 ONE = [measured("plain", 0, 5.309), measured("lean", 0, 5.336), measured("paper", 0, 5.303)]

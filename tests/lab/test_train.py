@@ -268,7 +268,7 @@ def test_the_report_stands_alone(runs):
     assert f"{paper['val_loss']:.3f}" in text
     assert f"{plain['unigram_entropy']:.3f}" in text
     assert "prac train --method plain paper" in text
-    assert page.count("<svg") == 4
+    assert text.count("<svg") == 4
     assert "What paper loses, layer by layer" in text
     for outside in ("<script", "<img", "<link", "@import", "url(http", 'src="http'):
         assert outside not in text
