@@ -41,7 +41,7 @@ format: $(READY)
 ## gpu: what prac costs and saves on the CUDA GPU of this machine, with its own torch and transformers; .venv is not used.
 ## STAGE=block measures one stage, OUT=folder says where to, OPTIONS=--toy tries it on a CPU: benchmarks/gpu/run.py --help
 gpu:
-	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) benchmarks/gpu/run.py $(if $(STAGE),--stage $(STAGE)) \
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu/run.py $(if $(STAGE),--stage $(STAGE)) \
 		$(if $(OUT),--out $(OUT)) $(OPTIONS)
 
 clean:

@@ -29,7 +29,7 @@ METHODS = (
     "plain", "checkpoint", "selective", "compile", "paper", "lean", "fast", "small", "lean+compile", "small+compile",
     "lean+attention8", "liger", "liger+checkpoint", "liger+lean", "liger+small",
 )  # fmt: skip
-COMPILING, REFRESHING = 75, 60  # seconds: what a row takes that compiles, and one that decomposes covariances
+COMPILING, REFRESHING = 90, 60  # seconds: what a row takes that compiles, and one that decomposes covariances
 
 
 def jobs(stage: str, toy: bool, flash: bool, tokens: str | None) -> list[Job]:

@@ -155,7 +155,7 @@ def processes(device: str) -> tuple[Any, str]:
         if answer["outcome"] == "measured":
             return context, answer["device"]
         reasons.append(answer["reason"])
-    raise RuntimeError(f"torch sees a CUDA GPU and cannot use it: {'; '.join(reasons)}.")
+    raise OSError(f"torch sees a CUDA GPU and cannot use it: {'; '.join(reasons)}.")
 
 
 def _device(setting: Row, device: str) -> Iterator[Row]:

@@ -25,6 +25,7 @@ import argparse
 import importlib
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,45 +68,64 @@ def main() -> int:
         command.error(f"--limit-s must be above 0, got {arguments.limit_s:g}.")
     if arguments.toy and arguments.out == command.get_default("out"):
         arguments.out = Path("runs/gpu-toy")
-    try:
-        import torch
-        import transformers  # noqa: F401
+    missing = [name for name in ("torch", "transformers", "prac") if find_spec(name) is None]
+    if missing:
+        command.error(
+            f"no {', '.join(missing)} here: install torch and transformers; PYTHONPATH={ROOT / 'src'} has prac."
+        )
+    import torch
 
-        import prac
-    except ModuleNotFoundError as error:
-        command.error(f"{error}: install torch and transformers, and set PYTHONPATH={ROOT / 'src'} for prac.")
     if not arguments.toy and not torch.cuda.is_available():
         print("benchmarks/gpu: torch finds no CUDA GPU here; --toy tries the scripts on a CPU.", file=sys.stderr)
         return 2
     import rows
 
+    import prac
+
     device = "cpu" if arguments.toy else "cuda"
-    context, name = rows.processes(device)
-    print(f"{name}, torch {torch.__version__}, prac in {Path(prac.__file__).parent}", flush=True)
     failed = left = 0
     try:
-        for stage in arguments.stage:
-            jobs, sheet = prepared(stage, arguments, name)
-            bad, over = run(stage, jobs, sheet, context, device, arguments)
+        jobs = planned(arguments)
+        context, name = rows.processes(device)
+        sheets = {stage: rows.Sheet(arguments.out / f"{stage}.json", made_by(stage, arguments), name) for stage in jobs}
+        print(f"{name}, torch {torch.__version__}, prac in {Path(prac.__file__).parent}", flush=True)
+        for stage, sheet in sheets.items():
+            bad, over = run(stage, jobs[stage], sheet, context, device, arguments)
             failed, left = failed + bad, left + over
     except (ValueError, OSError) as error:
         command.error(str(error))
     return 1 if failed else 3 if left else 0
 
 
-def prepared(stage: str, arguments: argparse.Namespace, device: str) -> tuple[list[Job], Sheet]:
-    """The rows of a stage that were asked for, and its file."""
-    from rows import Sheet
+def planned(arguments: argparse.Namespace) -> dict[str, list[Job]]:
+    """The rows of each stage that were asked for.
 
-    module: Any = importlib.import_module(STAGES[stage])
-    jobs = module.jobs(stage, arguments.toy, arguments.flash, arguments.tokens)
-    if arguments.only:
-        known = {job.setting.get("method", job.name) for job in jobs} | {job.name for job in jobs}
-        if stage != "tests" and (unknown := set(arguments.only) - known):
-            raise ValueError(f"--only {' '.join(sorted(unknown))}: {stage} has {', '.join(sorted(known))}.")
-        jobs = [job for job in jobs if {job.name, job.setting.get("method")} & set(arguments.only)]
-    made_by = f"python benchmarks/gpu/run.py --stage {stage}{' --toy' if arguments.toy else ''}"
-    return jobs, Sheet(arguments.out / f"{stage}.json", made_by, device)
+    Raises:
+        ValueError: for a method that none of the stages has, or tokens that are none.
+    """
+    found: dict[str, list[Job]] = {}
+    for stage in sorted(set(arguments.stage), key=list(STAGES).index):
+        module: Any = importlib.import_module(STAGES[stage])
+        found[stage] = module.jobs(stage, arguments.toy, arguments.flash, arguments.tokens)
+    if arguments.only is None:
+        return found
+    known = {name: None for jobs in found.values() for job in jobs for name in names(job)}
+    if unknown := [name for name in arguments.only if name not in known]:
+        raise ValueError(f"--only {unknown[0]!r}: there is no such row; choose from {', '.join(known)}.")
+    return {stage: [job for job in jobs if names(job) & set(arguments.only)] for stage, jobs in found.items()}
+
+
+def names(job: Job) -> set[str]:
+    """What a row may be called: its own name, or its method's."""
+    return {job.name, job.setting.get("method", job.name)}
+
+
+def made_by(stage: str, arguments: argparse.Namespace) -> str:
+    """The command that makes a row of a stage, whatever else was made in the same call."""
+    options = [option for option in ("--flash", "--toy") if vars(arguments)[option[2:]]]
+    if stage == "loss" and arguments.tokens:
+        options += ["--tokens", Path(arguments.tokens).name]
+    return " ".join(["python benchmarks/gpu/run.py --stage", stage, *options])
 
 
 def run(

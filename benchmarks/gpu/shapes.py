@@ -59,8 +59,7 @@ MODELS = {
 }
 TOY_MODELS = {
     "llama-1b-5504": (Model(64, 96, 1, 2, 2, 128), Batch(2, 32)),
-    "llama-3.2-1b": (Model(64, 128, 1, 2, 1, 128, tie_word_embeddings=True), Batch(1, 64)),
-    "llama-8b-4layers": (Model(64, 96, 2, 2, 1, 128), Batch(2, 32)),
+    "llama-3.2-1b": (Model(64, 128, 2, 2, 1, 128, tie_word_embeddings=True), Batch(1, 64)),
 }
 
 # LLaMA-130M; its vocabulary is that of the text.
