@@ -62,14 +62,10 @@ def rows(folder: Path, stage: str) -> dict[str, dict[str, Any]]:
 # --- all of it ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    folder = tmp_path_factory.mktemp("toy")
-    return script("--toy", "--out", str(folder)), folder
-
-
-def test_every_stage_at_toy_size(toy: Any) -> None:
-    ended, folder = toy
+def test_every_stage_at_toy_size(run: Any, tmp_path: Path, capfd: Any) -> None:
+    """One test: several would be several runs where two processes share the tests."""
+    folder = tmp_path
+    ended = script("--toy", "--out", str(folder))
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     assert sorted(path.name for path in folder.iterdir()) == sorted(f"{stage}.json" for stage in STAGES)
     for stage in STAGES:
@@ -81,11 +77,21 @@ def test_every_stage_at_toy_size(toy: Any) -> None:
             assert bool(row["reason"]) == left
     (tests,) = rows(folder, "tests").values()
     assert tests["failed"] == [] and tests["passed"] + tests["skipped"] > 20
+    check_block(folder, "block")
+    check_block(folder, "block4096")
+    check_models(folder)
+    check_losses(folder)
+
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+    capfd.readouterr()
+    assert run() == 0
+    said = capfd.readouterr().out
+    assert "measured in" not in said and all(f"{stage}.json" in said for stage in STAGES)
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("stage", ["block", "block4096"])
-def test_toy_blocks(toy: Any, stage: str) -> None:
-    found = {name: row for name, row in rows(toy[1], stage).items() if row["outcome"] == "measured"}
+def check_block(folder: Path, stage: str) -> None:
+    found = {name: row for name, row in rows(folder, stage).items() if row["outcome"] == "measured"}
     assert {"plain", "checkpoint", "selective", "paper", "lean", "fast", "small", "lean+attention8"} == set(found)
     assert found["plain"]["time_ratio"] == 1 and found["checkpoint"]["kept_units"] == 1
     kept = [found[name]["kept_units"] for name in ("plain", "lean", "lean+attention8", "small")]
@@ -96,34 +102,25 @@ def test_toy_blocks(toy: Any, stage: str) -> None:
         assert (row["weight_grad_error"] > 0.01) == (name not in ("plain", "checkpoint", "selective"))
 
 
-def test_toy_models(toy: Any) -> None:
-    found = [row for row in json.loads((toy[1] / "models.json").read_text())["rows"] if row["outcome"] == "measured"]
+def check_models(folder: Path) -> None:
+    found = [row for row in json.loads((folder / "models.json").read_text())["rows"] if row["outcome"] == "measured"]
     assert len({row["setting"]["model"] for row in found}) == 2 and len(found) == 14
     for row in found:
         assert row["loss"] < row["first_loss"] and row["ms"] > 0 and row["first_s"] > 0
         assert row["peak_gib"] > row["held_gib"] > 0
-    first = rows(toy[1], "models")
+    first = rows(folder, "models")
     held = [first[name]["held_gib"] for name in ("plain", "plain, no logits", "lean", "small")]
     assert held == sorted(held, reverse=True)
 
 
-def test_toy_losses(toy: Any) -> None:
-    found = rows(toy[1], "loss")
+def check_losses(folder: Path) -> None:
+    found = rows(folder, "loss")
     assert list(found) == ["plain 0", "lean 0", "small 0", "paper+growth 0"]
     for row in found.values():
         (at, early), (end, late) = row["validation"]
         assert (at, end) == (10, 20) and late < early < 6
         assert abs(late - found["plain 0"]["validation"][1][1]) < 0.05
     assert len({row["validation"][1][1] for row in found.values()}) == 4, "each method trained in its own way"
-
-
-def test_a_second_run_measures_nothing(toy: Any, run: Any, capfd: Any) -> None:
-    _, folder = toy
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
-    assert run("--out", str(folder)) == 0
-    said = capfd.readouterr().out
-    assert "measured in" not in said and all(f"{stage}.json" in said for stage in STAGES)
-    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()} == before
 
 
 # --- one by one --------------------------------------------------------------------------------------
