@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 VERSIONED := $(patsubst %,tests/test_%.py,versions ops lean compile kernel loss attention memory loops \
 	way parts trying_again promises transforms by_hand)
 
-.PHONY: train test test-oldest test-newest test-long check format clean
+.PHONY: train test test-oldest test-newest test-long check format gpu clean
 .DEFAULT_GOAL := train
 
 ## train: train a small LLaMA on English plainly, with the paper's PRAC and with lean, and compare
@@ -37,6 +37,12 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+## gpu: what prac costs and saves on the CUDA GPU of this machine, with its own torch and transformers; .venv is not used.
+## STAGE=block measures one stage, OUT=folder says where to, OPTIONS=--toy tries it on a CPU: benchmarks/gpu/run.py --help
+gpu:
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu/run.py $(if $(STAGE),--stage $(STAGE)) \
+		$(if $(OUT),--out $(OUT)) $(OPTIONS)
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-newest runs .mypy_cache .ruff_cache .pytest_cache

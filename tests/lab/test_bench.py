@@ -13,7 +13,7 @@ from prac.lab.commands.main import main
 from prac.lab.materials import blocks
 from prac.lab.measured import block as bench
 from prac.lab.measured import meters
-from prac.lab.methods import peers
+from prac.lab.methods import naming, peers
 
 METHODS = ("plain", "checkpoint", "selective", "compile", "paper")
 M, S, n, heads = 256, 64, 64, 2
@@ -183,6 +183,24 @@ def test_methods_of_others():
         assert rows[name].kept_bytes < plain.kept_bytes and rows[name].weight_grad_error > 0.1
     assert rows["co-compression"].input_grad_error < 1e-5  # linear layers alone: what is sent back is exact
     assert rows["paper+checkpoint"].kept_units == 1.0
+
+
+def test_a_method_of_ones_own_on_a_block_with_kernels_of_ones_own():
+    """What is put into a block is in that block alone, before the method is put to work on it."""
+    told = []
+
+    def before(name, block):
+        told.append(name)
+        if name == "other":
+            assert block.around is None
+            with torch.no_grad():
+                block.layer.input_layernorm.weight.mul_(2)
+
+    own = {"plain": None, "same": naming.parse("checkpoint"), "other": naming.parse("checkpoint"), "none": None}
+    rows = measure("llama", own, before=before)
+    assert told == list(rows) == list(own)
+    assert rows["same"].kept_units == rows["other"].kept_units == 1.0 < rows["none"].kept_units
+    assert rows["same"].weight_grad_error == rows["none"].weight_grad_error == 0 < rows["other"].weight_grad_error
 
 
 @pytest.mark.parametrize(

@@ -70,13 +70,14 @@ class _Subject:
 
 def measure(
     shape: Shape,
-    methods: Sequence[str] | Mapping[str, Config | None] = peers.DEFAULTS,
+    methods: Sequence[str] | Mapping[str, Config | Method | None] = peers.DEFAULTS,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     repeats: int = 7,
     seed: int = 0,
     notify: Callable[[str], None] = lambda doing: None,
+    before: Callable[[str, Block], None] = lambda name, block: None,
 ) -> list[Row]:
     """Measure every method on the same block with the same weights, input and gradient of the output.
 
@@ -85,14 +86,16 @@ def measure(
 
     Args:
         shape: of the block.
-        methods: names, as :func:`prac.lab.methods.naming.parse` takes them; or configs of your own by name, ``plain``
-            (None) first.
+        methods: names, as :func:`prac.lab.methods.naming.parse` takes them; or configs or methods of your own by
+            name, ``plain`` (None) first.
         dtype: of weights and activations.
         device: where.
         repeats: rounds.
         seed: of weights, input and gradient.
         notify: told what comes next: for each method once, for each step of each round, and for each
             refresh of prac's own.
+        before: given the name of each method and its own copy of the block before the method is put to work on it:
+            whoever brings kernels of his own puts them in here.
 
     Raises:
         ValueError: for an unknown method, or a setting that does not fit the block.
@@ -100,7 +103,7 @@ def measure(
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}.")
     if isinstance(methods, Mapping):
-        chosen = {name: Method(name, config) for name, config in methods.items()}
+        chosen = {name: _named(name, method) for name, method in methods.items()}
     else:
         chosen = peers.variants(methods)
     if any(method.compiled for method in chosen.values()):
@@ -112,7 +115,9 @@ def measure(
         notify(name)
         try:
             peers.check_device(method, x.device)
-            subjects.append(_prepare(method, copy.deepcopy(original), x, dy, exact))
+            block = copy.deepcopy(original)
+            before(name, block)
+            subjects.append(_prepare(method, block, x, dy, exact))
         except (RuntimeError, ValueError) as error:
             kind = ValueError if isinstance(error, ValueError) else RuntimeError
             raise kind(f"{name}: {' '.join(str(error).split())[:300]}") from error
@@ -128,6 +133,10 @@ def measure(
                 subject.refreshing.append(_refreshing_seconds(subject.handle, subject.block, x, dy))
     unit = x.numel() * x.element_size()
     return [_row(subject, subjects[0], unit) for subject in subjects]
+
+
+def _named(name: str, method: Config | Method | None) -> Method:
+    return dataclasses.replace(method, name=name) if isinstance(method, Method) else Method(name, method)
 
 
 def _prepare(method: Method, block: Block, x: Tensor, dy: Tensor, exact: dict[str, Tensor]) -> _Subject:
