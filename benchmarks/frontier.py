@@ -32,7 +32,7 @@ from rich.table import Table
 import prac
 from prac import PRESETS, Bits, Config, Rank
 from prac.lab.materials import blocks
-from prac.lab.measured import block as bench
+from prac.lab.measured.block import measure_block
 from prac.lab.report import plots, results
 from prac.lab.runs import checkpoints, several, train
 from prac.lab.runs.options import options
@@ -153,7 +153,7 @@ def main() -> None:
         return
     spread = variances(arguments.runs / "plain-seed0")
     shape = blocks.shape("llama", hidden=1024, tokens=2048)
-    costs = {row.method: row for row in bench.measure(shape, settings(), repeats=arguments.repeats)}
+    costs = {row.method: row for row in measure_block(shape, settings(), repeats=arguments.repeats)}
     rows = []
     table = Table(
         title=f"llama-tiny, {arguments.steps} steps, seeds {arguments.seeds}: what x̂ in few bits or ranks costs"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from prac.lab.materials import blocks
 from prac.lab.materials.blocks import Block, Shape
-from prac.lab.measured import block as bench
+from prac.lab.measured.block import measure_block
 from prac.lab.methods import naming
 from prac.lab.methods.naming import Method
 
@@ -87,7 +87,7 @@ def measure(setting: Row, device: str) -> Iterator[Row]:
             put_in_ligers(block, shape, dtype)
 
     with attention(setting["attention"]):
-        plain, *others = bench.measure(
+        plain, *others = measure_block(
             shape,
             {"plain": None} if name == "plain" else {"plain": None, name: parse(name)},
             dtype=dtype,

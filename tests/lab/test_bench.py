@@ -11,8 +11,8 @@ import prac
 from prac.lab.commands import bench as bench_command
 from prac.lab.commands.main import main
 from prac.lab.materials import blocks
-from prac.lab.measured import block as bench
 from prac.lab.measured import meters
+from prac.lab.measured.block import Cost, measure_block
 from prac.lab.methods import naming, peers
 
 METHODS = ("plain", "checkpoint", "selective", "compile", "paper")
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 def measure(family, methods=METHODS, **settings):
     shape = blocks.shape(family, n, M, S, heads=heads)
-    return {row.method: row for row in bench.measure(shape, methods, repeats=2, **settings)}
+    return {row.method: row for row in measure_block(shape, methods, repeats=2, **settings)}
 
 
 def check(rows):
@@ -39,7 +39,7 @@ def check(rows):
         assert row.peak_bytes > row.kept_bytes
         assert row.time_ms > 0 and row.time_ratio > 0
         assert 0 < row.time_spread[0] <= row.time_spread[1]
-        assert row == bench.Row(**row.to_dict() | {"time_spread": row.time_spread})
+        assert row == Cost(**row.to_dict() | {"time_spread": row.time_spread})
         assert json.loads(json.dumps(row.to_dict())) == row.to_dict()
     assert paper.kept_bytes < plain.kept_bytes
     assert compiled.kept_bytes < plain.kept_bytes
@@ -249,7 +249,7 @@ def test_the_command_prints_a_table_and_writes_json(capsys, tmp_path):
     assert setting["command"] == " ".join(["prac", *argv])
     assert [row["method"] for row in document["rows"]] == ["plain", "checkpoint", "paper"]
     for row in document["rows"]:
-        assert row.keys() == {field.name for field in dataclasses.fields(bench.Row)}
+        assert row.keys() == {field.name for field in dataclasses.fields(Cost)}
         assert f"{row['kept_units']:.2f}" in out
 
     assert main(argv) == 2

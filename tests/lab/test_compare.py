@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from prac.lab.commands.main import main
-from prac.lab.report import overview, results, table
+from prac.lab.report import overview, page, results, table
 from prac.lab.runs import children, turns
 from prac.lab.runs.callbacks import Metrics
 

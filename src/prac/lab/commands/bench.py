@@ -22,7 +22,7 @@ from prac.runtime import files
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from prac.lab.measured.block import Row
+    from prac.lab.measured.block import Cost
 
 EXAMPLES = """
 examples:
@@ -87,12 +87,12 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from prac.lab.measured import block as bench
+    from prac.lab.measured.block import REFRESHES, measure_block
 
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        refreshes = bench.REFRESHES * sum(method.config is not None for method in chosen.values())
+        refreshes = REFRESHES * sum(method.config is not None for method in chosen.values())
         task = progress.add_task("", total=len(chosen) * (1 + arguments.repeats) + refreshes)
-        rows = bench.measure(
+        rows = measure_block(
             shape,
             list(chosen),
             dtype=blocks.DTYPES[arguments.dtype],
@@ -131,7 +131,7 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def table(rows: list[Row], setting: dict[str, Any]) -> Table:
+def table(rows: list[Cost], setting: dict[str, Any]) -> Table:
     """The rows for the terminal, with the setting above and what the columns mean below."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -163,7 +163,7 @@ HEADINGS = (
 )
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Cost) -> tuple[str, ...]:
     return (
         row.method,
         f"{row.kept_units:.2f}",
@@ -181,7 +181,7 @@ def _error(value: float) -> str:
     return "0" if value == 0 else f"{value:.3f}" if value >= 5e-4 else f"{value:.0e}"
 
 
-def _footnote(rows: list[Row]) -> str:
+def _footnote(rows: list[Cost]) -> str:
     shares = [f"{row.method} {row.refresh_share:.1%}" for row in rows if row.refresh_share is not None]
     refreshes = f" Refreshing subspaces, left out above, adds over T1 steps: {', '.join(shares)}." if shares else ""
     return (

@@ -15,7 +15,7 @@ from prac.runtime import files
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from prac.lab.measured.footprint import Row
+    from prac.lab.measured.footprint import Footprint
 
 EXAMPLES = """
 examples:
@@ -121,7 +121,7 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     return 0
 
 
-def table(rows: list[Row], setting: Any) -> Table:
+def table(rows: list[Footprint], setting: Any) -> Table:
     """One line per method, in a section for each loss and optimizer."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table

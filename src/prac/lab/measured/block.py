@@ -27,7 +27,7 @@ REFRESHES = 3  # rounds: most is in small parallel pieces, which a busy machine 
 
 
 @dataclass(frozen=True)
-class Row:
+class Cost:
     """What one method costs; ratios are to ``plain``."""
 
     method: str  # plain, a peer or a preset; +attentionN where attention is kept in N bits
@@ -68,7 +68,7 @@ class _Subject:
     refreshing: list[float] = field(default_factory=list)
 
 
-def measure(
+def measure_block(
     shape: Shape,
     methods: Sequence[str] | Mapping[str, Config | Method | None] = peers.DEFAULTS,
     *,
@@ -78,7 +78,7 @@ def measure(
     seed: int = 0,
     notify: Callable[[str], None] = lambda doing: None,
     before: Callable[[str, Block], None] = lambda name, block: None,
-) -> list[Row]:
+) -> list[Cost]:
     """Measure every method on the same block with the same weights, input and gradient of the output.
 
     ``plain`` is always measured and comes first: the others are compared with it. Steps are timed in rounds of one
@@ -198,13 +198,13 @@ def _errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, Any
     }
 
 
-def _row(subject: _Subject, plain: _Subject, unit: int) -> Row:
+def _row(subject: _Subject, plain: _Subject, unit: int) -> Cost:
     ratios = [mine / its for mine, its in zip(subject.seconds, plain.seconds, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     step = statistics.median(subject.seconds)
     refresh = max(0.0, statistics.median(subject.refreshing) - step) if subject.refreshing else None
     interval = subject.handle.config.T1 if subject.handle else None
-    return Row(
+    return Cost(
         method=subject.name,
         kept_units=subject.kept / unit,
         kept_bytes=subject.kept,

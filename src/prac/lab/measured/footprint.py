@@ -112,7 +112,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Row:
+class Footprint:
     """The prediction for one method, or why there is none.
 
     ``reduction`` is the share of the first row's peak that it saves; None where the first row has none.
@@ -192,7 +192,7 @@ def rows(
     losses: Sequence[str] = LOSSES,
     optimizers: Sequence[str] = ("adamw",),
     notify: Callable[[str], None] = lambda done: None,
-) -> list[Row]:
+) -> list[Footprint]:
     """Every method with every loss and optimizer; the first one is what the others are compared with.
 
     Large models are predicted by one process for each processor, so a script that calls this needs the usual
@@ -208,16 +208,16 @@ def rows(
         for method in methods
         if of(method).optimizer == "adamw" or optimizer == optimizers[0]  # it brings an optimizer of its own
     ]
-    found: list[Row] = []
+    found: list[Footprint] = []
     for way, it in zip(ways, _predictions(setting, ways), strict=True):
         if isinstance(it, str):
-            found.append(Row(*way, why_not=it))
+            found.append(Footprint(*way, why_not=it))
         else:
             peak, parts = it.peak / 2**30, it.to_dict()
             base = found[0].peak_gib if found else peak
             less = None if math.isnan(base) else 1 - peak / base
             made = {"where": it.where, "at_peak": parts["at_peak"], "kept": parts["kept"]}
-            found.append(Row(*way, peak, it.activations / 2**30, less, **made))
+            found.append(Footprint(*way, peak, it.activations / 2**30, less, **made))
         notify("{}, {} loss, {}".format(*way))
     if all(row.why_not for row in found):
         raise ValueError(found[0].why_not)
