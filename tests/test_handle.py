@@ -55,6 +55,11 @@ def test_state_of_another_model_is_refused() -> None:
     train(model, 1)
     with pytest.raises(ValueError, match="resume with the config"):
         prac.compress(build("llama"), PAPER.replace(linear=prac.Rank(4, 4))).load_state_dict(handle.state_dict())
+    in_bits = PAPER.replace(linear=prac.Bits(8), norm=prac.Bits(8), activation=prac.Bits(8))
+    other = prac.compress(build("llama"), PAPER)
+    with pytest.raises(ValueError, match="of another config: it has no subspace of model"):
+        other.load_state_dict(prac.compress(build("llama"), in_bits).state_dict())
+    assert other.step == 0
 
 
 def test_reconstruction_error() -> None:

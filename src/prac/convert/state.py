@@ -44,8 +44,14 @@ def take_up(state: dict[str, Any], model: nn.Module, clock: Clock) -> None:
         odd = sorted(set(state["shared"]) ^ set(layers))
         raise ValueError(f"the saved state is of other layers than this model's: {', '.join(odd[:5])}.")
     by_name = {e.name: e for e in _estimators(layers)}
-    if missing := sorted(set(state["subspaces"]) - set(by_name)):
+    leaders = {name for tensors in state["shared"].values() for name in tensors.values()}
+    if missing := sorted((set(state["subspaces"]) | leaders) - set(by_name)):
         raise ValueError(f"the saved state has subspaces that this model lacks: {', '.join(missing[:5])}.")
+    if missing := sorted({s.name for s in subspaces_among(by_name.values())} & leaders - set(state["subspaces"])):
+        raise ValueError(
+            f"the saved state is of another config: it has no subspace of {', '.join(missing[:5])}. Compress as the saved "
+            "run was."
+        )
     for name, layer in layers.items():
         layer.estimators = {tensor: by_name[leader] for tensor, leader in state["shared"][name].items()}
     for subspace in subspaces_among(_estimators(layers)):
