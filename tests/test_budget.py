@@ -78,8 +78,9 @@ def test_budgets() -> None:
     assert parse_budget("80 GB") == 80 * 10**9
     assert parse_budget("1.5g") == 1_500_000_000
     assert parse_budget(5) == 5
-    with pytest.raises(ValueError, match="got 'plenty'"):
-        parse_budget("plenty")
+    for wrong in ("plenty", 0, -5, 1.5, True, "0GiB", None):
+        with pytest.raises(ValueError, match="a budget"):
+            parse_budget(wrong)  # type: ignore[arg-type]
 
 
 def test_a_model_without_a_chunkable_loss_skips_that() -> None:
@@ -92,6 +93,23 @@ def test_a_model_without_a_chunkable_loss_skips_that() -> None:
     assert found.config is not None
     assert not found.chunked_loss
     assert "chunked loss" not in found.rejected
+
+
+def test_logits_are_left_in_where_leaving_them_out_saves_nothing() -> None:
+    """A vocabulary so small that a step without them takes no less."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=160, num_hidden_layers=1, num_attention_heads=4, vocab_size=32
+    )
+    rows = {name: torch.zeros(8, 64, dtype=torch.long) for name in ("input_ids", "labels")}
+    net = LlamaForCausalLM(config)
+    plain, chunked = (predict(net, rows, chunked_loss=chunks).peak for chunks in (False, True))
+    assert chunked >= plain
+    found = choose(Step(net, rows), plain)
+    assert found.name == "plain" and found.further is not None and found.further[1] < plain
+    found = choose(Step(net, rows), plain - 1)
+    assert found.config is not None and not found.chunked_loss and list(found.rejected) == ["plain"]
 
 
 def real_model() -> nn.Module:

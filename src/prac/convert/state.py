@@ -49,8 +49,8 @@ def take_up(state: dict[str, Any], model: nn.Module, clock: Clock) -> None:
         raise ValueError(f"the saved state has subspaces that this model lacks: {', '.join(missing[:5])}.")
     if missing := sorted({s.name for s in subspaces_among(by_name.values())} & leaders - set(state["subspaces"])):
         raise ValueError(
-            f"the saved state is of another config: it has no subspace of {', '.join(missing[:5])}. Compress as the saved "
-            "run was."
+            f"the saved state is of another config: it has no subspace of {', '.join(missing[:5])}. Compress as the "
+            "saved run was."
         )
     for name, layer in layers.items():
         layer.estimators = {tensor: by_name[leader] for tensor, leader in state["shared"][name].items()}

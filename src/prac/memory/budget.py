@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -107,7 +109,12 @@ class Step(NamedTuple):
     exclude: Filter | None = None
 
     def predicted(self, rung: Rung) -> Breakdown:
-        """Its memory in one way."""
+        """Its memory in one way; what there is to warn of is said of the one that is taken."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return self._predicted(rung)
+
+    def _predicted(self, rung: Rung) -> Breakdown:
         return predict(self.model, self.batch, rung.config, chunked_loss=rung.chunked_loss, **self.how())
 
     def how(self) -> dict[str, Any]:
@@ -154,19 +161,19 @@ def choose(step: Step, budget: int | str, check: bool | None = None) -> Choice:
     """
     limit = parse_budget(budget)
     check = next(step.model.parameters()).is_cuda if check is None else check
+    predicted = functools.cache(step.predicted)
     rejected: dict[str, int] = {}
-    chunks = _chunks(step)
-    rungs = [rung._replace(chunked_loss=rung.chunked_loss and chunks) for rung in LADDER]
-    rungs = [rung for rung in rungs if rung.name != "chunked loss" or chunks]
-    for rung, further in zip(rungs, [*rungs[1:], None], strict=True):
-        found = step.predicted(rung)
+    rungs = _rungs(predicted)
+    for number, rung in enumerate(rungs):
+        found = predicted(rung)
         takes, real = found.peak, None
         if takes <= limit and check:
             of_step = _real_peak(step, rung)
             takes = real = limit + 1 if of_step is None else of_step + found.at_peak.get("optimizer", 0)
         if takes <= limit:
-            more = None if further is None else (further.name, step.predicted(further).peak, further.gives_up)
-            return Choice(*rung, found, limit, rejected, more, real)
+            less = (each for each in rungs[number + 1 :] if predicted(each).peak < found.peak)
+            further = next(((each.name, predicted(each).peak, each.gives_up) for each in less), None)
+            return Choice(*rung, found, limit, rejected, further, real)
         rejected[rung.name] = takes
     raise ValueError(
         f"{size(limit)} is not enough: even {rung.name} would take {size(takes)}, {size(takes - limit)} more. "
@@ -236,11 +243,14 @@ def _real_peak(step: Step, rung: Rung) -> int | None:
             return None
 
 
-def _chunks(step: Step) -> bool:
-    """Whether its loss can be chunked, on this batch too."""
+def _rungs(predicted: Callable[[Rung], Breakdown]) -> list[Rung]:
+    """The ways that there are for a step: without logits where its loss can be chunked, and where that saves memory.
+
+    With a small vocabulary or few tokens it does not.
+    """
+    plain, chunked, *others = LADDER
     try:
-        ChunkedLoss(step.model).remove()
-        step.predicted(LADDER[1])
+        chunks = predicted(chunked).peak < predicted(plain).peak
     except NotChunked:
-        return False
-    return True
+        chunks = False
+    return [plain, *([chunked] if chunks else []), *(rung._replace(chunked_loss=chunks) for rung in others)]

@@ -66,14 +66,21 @@ def parse_budget(budget: int | str) -> int:
     Raises:
         ValueError: for anything else.
     """
-    if isinstance(budget, int):
+    if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
         return budget
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", budget, re.IGNORECASE)
+    match = (
+        None
+        if not isinstance(budget, str)
+        else re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", budget, re.IGNORECASE)
+    )
     if match is None:
-        raise ValueError(f"a budget is a number of bytes or text such as 24GiB or 80GB, got {budget!r}.")
+        raise ValueError(f"a budget is a whole number of bytes above 0 or text such as 24GiB or 80GB, got {budget!r}.")
     number, prefix, binary = match.groups()
     power = "KMGT".index(prefix.upper()) + 1 if prefix else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)
+    count = int(float(number) * (1024 if binary else 1000) ** power)
+    if not count:
+        raise ValueError(f"a budget of {budget!r} is no memory at all.")
+    return count
 
 
 def rows_of(batch: Example) -> int:

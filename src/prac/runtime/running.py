@@ -41,7 +41,8 @@ def loss_of(output: Any, loss: Callable[[Any], Tensor] | None = None) -> Tensor:
         value = output["loss"] if isinstance(output, Mapping) and "loss" in output else getattr(output, "loss", None)
     if not isinstance(value, Tensor) or value.dim() > 0:
         raise ValueError(
-            "the model's output has no loss: put labels into the batch, or give loss=, a function of the output."
+            "the model's output has no loss: put labels into the batch, or give a function of the output (loss=, or "
+            "objective= of prac.compress)."
         )
     return value
 
