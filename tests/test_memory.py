@@ -118,7 +118,7 @@ def test_inputs_of_checkpointed_blocks_have_a_kind_of_their_own() -> None:
     assert "other" not in found.kept
 
 
-@pytest.mark.parametrize("method", ["lean", "fast", "small"])
+@pytest.mark.parametrize("method", ["lean", pytest.param("fast", marks=pytest.mark.long), "small"])
 def test_kernels_count_as_one(method: str) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -99,7 +99,7 @@ def test_every_method_trains(name, options, tmp_path):
     assert row["kept_bytes"] > 0 and row["tokens_per_s"] > 0
 
 
-@pytest.mark.parametrize("name", ["galore", "rso"])
+@pytest.mark.parametrize("name", ["galore", pytest.param("rso", marks=pytest.mark.long)])
 def test_optimizers_resume(name, options, tmp_path):
     """Interrupted after step 4 and taken up again, a run ends as one that was not."""
     Spy = pytest.importorskip("test_train").Spy
