@@ -236,3 +236,36 @@ def test_what_is_kept_is_what_was_asked() -> None:
     codes, *rest = normed.xhat.tensors
     xhat = load(Codes((codes, *rest), Bits(8), 40), torch.float64)
     torch.testing.assert_close(xhat, F.layer_norm(x, (40,), eps=EPS).detach(), atol=0.02, rtol=0)
+
+
+def test_a_decoded_output_is_held_for_as_long_as_somebody_will_ask() -> None:
+    """And no longer: not beyond the last who was announced, nor beyond the pass in which one of them stayed away."""
+    from prac.ops.shared_norm import Decoded
+
+    made = []
+
+    def make() -> Tensor:
+        made.append(tensor(3, 4))
+        return made[-1]
+
+    decoded = Decoded()
+    for uses in (2, 1):
+        decoded.expect(uses)
+
+    class Reader(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, asks):
+            ctx.asks = asks
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            for _ in range(ctx.asks):
+                decoded.get(torch.float64, make)
+            seen.append(decoded._y_MN is not None)
+            return dy, None
+
+    for asks, count, held in ((3, 1, [False]), (2, 2, [True]), (3, 3, [False])):
+        seen: list[bool] = []
+        Reader.apply(tensor(2), asks).sum().backward()
+        assert (len(made), seen, decoded._y_MN) == (count, held, None)

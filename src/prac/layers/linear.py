@@ -50,7 +50,7 @@ class Linear(Compressed):
         source, keep_y, scalars_M2 = source_of(x), self.estimators.get("y"), None
         if isinstance(source, Normed):
             scalars_M2 = None if keep_y is None else source.scalars_M2
-            source = source.kept(autocast_dtype(x))
+            source = source.kept(autocast_dtype(x), uses=int(trained(self.weight)))
         if has_operations(self.weight):
             return self._in_its_own_way(f"its weight is a {type(self.weight).__name__}", (x,), {})
         if not trained(self.weight) and scalars_M2 is None:

@@ -48,7 +48,8 @@ def norm_mlp(
         gate_first: where one layer gives both, whether the gate is its first half.
     """
     flat = [t for layer in (*into, down) for t in layer]
-    return apply(_NormMLP, y, normed.scalars_M2, normed.kept(autocast_dtype(y)), (function, keep, gate_first), *flat)
+    kept = normed.kept(autocast_dtype(y), uses=sum(weight_ON.requires_grad for weight_ON, _ in into))
+    return apply(_NormMLP, y, normed.scalars_M2, kept, (function, keep, gate_first), *flat)
 
 
 class _NormMLP(torch.autograd.Function):

@@ -47,22 +47,31 @@ class Norm(NamedTuple):
 class Decoded:
     """A norm's output as the first of its readers had it again in backward, for those that come after it.
 
-    Held until the norm's own backward begins, which comes after theirs, or else until the pass ends.
+    The last one lets go of it; where one of them does not come by, the norm's own backward or the end of the pass does.
     """
 
     def __init__(self) -> None:
         self._y_MN: Tensor | None = None
+        self._uses = self._left = 0
+
+    def expect(self, uses: int) -> None:
+        """So many more weights will ask for it."""
+        self._uses += uses
+        self._left += uses
 
     def get(self, dtype: torch.dtype, make: Callable[[], Tensor]) -> Tensor:
         """The output in ``dtype``, (M, n)."""
-        if self._y_MN is None or self._y_MN.dtype != dtype:
-            self._y_MN = make()
+        y_MN = self._y_MN
+        if y_MN is None or y_MN.dtype != dtype:
+            y_MN = make()
             torch.autograd.Variable._execution_engine.queue_callback(self.forget)
-        return self._y_MN
+        self._left -= 1
+        self._y_MN = y_MN if self._left > 0 else None
+        return y_MN
 
     def forget(self) -> None:
-        """Let go of it."""
-        self._y_MN = None
+        """Let go of it, and be as before the pass."""
+        self._y_MN, self._left = None, self._uses
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,8 +122,9 @@ class Normed(NamedTuple):
     scalars_M2: Tensor | None
     decoded: Decoded
 
-    def kept(self, dtype: torch.dtype) -> Kept:
-        """What is kept of y itself, to be read in ``dtype``."""
+    def kept(self, dtype: torch.dtype, uses: int = 1) -> Kept:
+        """What is kept of y itself, to be read in ``dtype`` for the gradients of so many weights."""
+        self.decoded.expect(uses)
         affine = tuple(t for t in (self.weight, self.bias) if t is not None)
         form = Affine(self.xhat.form, self.norm, self.weight is not None, self.bias is not None, dtype, self.decoded)
         return Kept((*self.xhat.tensors, *affine), form)
