@@ -52,6 +52,7 @@ def test_the_mildest_that_fits(rung: object) -> None:
 
 def test_a_budget_that_cannot_be_met_says_by_how_much_and_what_would_fit() -> None:
     budget, net = PEAKS["small"] * 3 // 4, model()
+    before = [dict(vars(module)) for module in net.modules()]
     with pytest.raises(
         ValueError, match=r"is not enough: even small would take .* more. What would fit: a batch of"
     ) as e:
@@ -60,6 +61,7 @@ def test_a_budget_that_cannot_be_met_says_by_how_much_and_what_would_fit() -> No
     assert "checkpointing as well" in text and "LoRA" in text and "in 8 bits a quarter" in text
     assert 0 < float(text.split("_enable()): ")[1].split()[0]) * 2**20 < PEAKS["small"]
     assert not any(getattr(m, "gradient_checkpointing", False) for m in net.modules())
+    assert [vars(module).keys() for module in net.modules()] == [then.keys() for then in before]
     assert type(net.model.layers[0].mlp).__name__ == "LlamaMLP"
     rows = int(text.split("a batch of ")[1].split()[0])
     peaks = [predict(model(), batch(r), "small", chunked_loss=True).peak for r in (rows, rows + 1)]

@@ -159,13 +159,6 @@ class Estimator:
         """Bytes kept of a token whose features have ``itemsize`` bytes each."""
         raise NotImplementedError
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to continue exactly."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved state."""
-
     def generator(self, count: Any, device: torch.device) -> torch.Generator:
         """A generator for draw number ``count``."""
         key = f"{self.seed}/{self.name}/{count}/{process()}".encode()

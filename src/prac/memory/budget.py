@@ -112,10 +112,15 @@ class Step(NamedTuple):
         """Its memory in one way; what there is to warn of is said of the one that is taken."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return self._predicted(rung)
+            return predict(self.model, self.batch, rung.config, chunked_loss=rung.chunked_loss, **self.how())
 
-    def _predicted(self, rung: Rung) -> Breakdown:
-        return predict(self.model, self.batch, rung.config, chunked_loss=rung.chunked_loss, **self.how())
+    def compressed(self, way: Rung | Choice) -> Handle:
+        """Its model, trained in this way from now on."""
+        if way.config is None:
+            return left_plain(self.model, ChunkedLoss(self.model) if way.chunked_loss else None)
+        loss: Literal["chunked"] | None = "chunked" if way.chunked_loss else None
+        of: dict[str, Any] = {"include": self.include, "exclude": self.exclude, "example": self.batch}
+        return compress(self.model, way.config, loss=loss, **of)
 
     def how(self) -> dict[str, Any]:
         """All but the model and the batch."""
@@ -137,11 +142,7 @@ def compress_within(
     """What :func:`prac.compress` does with a budget."""
     step = Step(model, batch, optimizer, autocast, objective, include, exclude)
     found = choose(step, budget, check)
-    how: dict[str, Any] = {"include": step.include, "exclude": step.exclude}
-    if found.config is None:
-        handle = left_plain(step.model, ChunkedLoss(step.model) if found.chunked_loss else None)
-    else:
-        handle = compress(step.model, found.config, example=step.batch, loss=found.loss, **how)
+    handle = step.compressed(found)
     handle.choice = found
     return handle
 
@@ -217,11 +218,15 @@ def _recomputed(model: nn.Module) -> Iterator[str]:
     if not can or getattr(model, f"is_{name}", False):
         yield ""
         return
+    before = [(vars(module), dict(vars(module))) for module in model.modules()]
     getattr(model, f"{name}_enable")()
     try:
         yield f"{name}_enable"
     finally:
         getattr(model, f"{name}_disable")()
+        for own, then in before:  # which leaves attributes on them
+            own.clear()
+            own.update(then)
 
 
 def _real_peak(step: Step, rung: Rung) -> int | None:
@@ -232,11 +237,7 @@ def _real_peak(step: Step, rung: Rung) -> int | None:
         undo.callback(model.zero_grad, set_to_none=True)
         undo.enter_context(in_mode(model, training=True))
         undo.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        if rung.config is not None:
-            how: dict[str, Any] = {"include": step.include, "exclude": step.exclude, "example": step.batch}
-            undo.callback(compress(model, rung.config, loss="chunked" if rung.chunked_loss else None, **how).restore)
-        elif rung.chunked_loss:
-            undo.callback(ChunkedLoss(model).remove)
+        undo.callback(step.compressed(rung).restore)
         try:
             return measure(model, step.batch, autocast=step.autocast, loss=step.loss).peak
         except torch.OutOfMemoryError:
