@@ -108,7 +108,7 @@ def test_never_more_bytes_nor_more_variance_than_the_uniform_policy(policy, conf
 @pytest.mark.parametrize("family", ["gpt2", "bert", "phi3", "vit", "t5", "encoder", "plain", "gemma2"])
 def test_other_models(family: str) -> None:
     model, batch = build(family), FAMILIES[family][1]
-    found = allocate(model, batch, LEAN, LEAN, loss=loss)
+    found = allocate(model, batch, LEAN, LEAN, objective=loss)
     assert found.variance <= found.uniform_variance
     prac.compress(model, found.config, example=batch)
 
@@ -154,9 +154,11 @@ def test_the_model_is_left_as_it_was() -> None:
     modes, classes = [m.training for m in model.modules()], [type(m) for m in model.modules()]
     state, own = torch.get_rng_state(), [set(vars(m)) for m in model.modules()]
     config = LEAN.replace(min_width=4)
-    for how in ({}, {"loss": lambda y: y.sum() * math.nan}):
+    for how in ({}, {"objective": lambda y: y.sum() * math.nan}):
         try:
-            found = allocate(model, x_MN, config, config, include="*", **{"loss": lambda y: y.square().mean()} | how)
+            found = allocate(
+                model, x_MN, config, config, include="*", **{"objective": lambda y: y.square().mean()} | how
+            )
             assert [d.name for d in found.decisions] == ["0", "3", "4"]
         except ValueError as error:
             assert "NaN" in str(error)

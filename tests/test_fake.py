@@ -91,7 +91,7 @@ def test_a_step_in_float32_is_followed(family: str) -> None:
 def test_compressed_and_chunked(family: str) -> None:
     config = prac.PRESETS["lean"].replace(min_width=16)
     plain = predict(build(family), batch_for(family)).activations
-    assert 0 < predict(build(family), batch_for(family), config, chunked_loss=True).activations < plain
+    assert 0 < predict(build(family), batch_for(family), config, loss="chunked").activations < plain
     assert choose(Step(build(family), batch_for(family)), "1GiB").name == "plain"
     model = build(family)
     prac.compress(model, config, loss="chunked")
@@ -154,11 +154,11 @@ def test_what_a_call_left_on_a_module_is_no_obstacle() -> None:
 
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, lambda: torch.device("meta")])
 def test_whatever_is_around(around: Any) -> None:
-    expected = predict(build("Mixtral"), batch_for("Mixtral"), chunked_loss=True).peak
+    expected = predict(build("Mixtral"), batch_for("Mixtral"), loss="chunked").peak
     model, batch = build("Mixtral"), batch_for("Mixtral")
     capped = build("GraniteMoe")
     with around():
-        assert predict(model, batch, chunked_loss=True).peak == expected
+        assert predict(model, batch, loss="chunked").peak == expected
         with pytest.raises(ValueError, match="scaling"):
             prac.ChunkedLoss(capped)
 

@@ -237,9 +237,9 @@ def test_index_arithmetic_beyond_two_to_the_31() -> None:
         ids = torch.empty(160, 4096, dtype=torch.long)
     assert 160 * 4096 * 4096 > 2**31
     batch: dict[str, Any] = {"input_ids": ids, "labels": ids}
-    plain = prac.predict(model, batch, chunked_loss=True).activations
+    plain = prac.predict(model, batch, loss="chunked").activations
     for name in CONFIGS:
-        assert 0 < prac.predict(model, batch, name, chunked_loss=True).activations < plain
+        assert 0 < prac.predict(model, batch, name, loss="chunked").activations < plain
 
 
 def test_frozen_layers_are_left_out_and_come_back() -> None:

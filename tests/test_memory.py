@@ -73,7 +73,7 @@ def test_under_autocast(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_logits(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRAC_KERNELS", "eager")
     model, config = prepared("llama", method)
-    predicted = predict(model, batch_for("llama"), config, optimizer=None, chunked_loss=True)
+    predicted = predict(model, batch_for("llama"), config, optimizer=None, loss="chunked")
     if config is None:
         prac.ChunkedLoss(model)
     else:
@@ -190,7 +190,7 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_a_module_of_your_own() -> None:
     model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 8))
     x = torch.randn(256, 32)
-    agree(model, x, None, loss=lambda y: y.square().mean())
+    agree(model, x, None, objective=lambda y: y.square().mean())
 
 
 def test_what_cannot_be_predicted() -> None:

@@ -77,7 +77,7 @@ def calibrated(model: nn.Module, x: Tensor) -> None:
 
 
 def allocated(model: nn.Module, x: Tensor) -> None:
-    prac.compress(model, allocate(model, x, 400, loss=lambda y: y.square().mean()).config, example=x)
+    prac.compress(model, allocate(model, x, 400, objective=lambda y: y.square().mean()).config, example=x)
     step(model, x)
 
 

@@ -84,7 +84,7 @@ def test_a_layer_that_runs_twice(checkpointed: bool) -> None:
     handle = prac.compress(model, Config(min_width=1), include="*", example=x_MN)
     found = {
         tensor.name.removesuffix(".0"): tensor
-        for tensor in watched_step(handle, x_MN, loss=lambda y: y.square().mean())
+        for tensor in watched_step(handle, x_MN, objective=lambda y: y.square().mean())
     }
     handle.restore()
     model(x_MN).square().mean().backward()

@@ -103,7 +103,7 @@ def allocate(
     rank_bits: Sequence[int | None] = (4, 8, 16),
     relative: bool = False,
     held_out: bool = False,
-    loss: Callable[[Any], Tensor] | None = None,
+    objective: Callable[[Any], Tensor] | None = None,
     autocast: torch.dtype | None = None,
     include: Filter | None = None,
     exclude: Filter | None = None,
@@ -135,7 +135,7 @@ def allocate(
             such as Adam, whose steps do not depend on the size of a layer's gradients.
         held_out: judge ranks by gradients of one half of the batch with bases of the other, as in the steps between
             refreshes. By default both are of the whole batch, as in the step of a refresh; there it is exact.
-        loss: the scalar to differentiate, of the model's output; by default its ``loss``, or itself.
+        objective: the scalar to differentiate, of the model's output; by default its ``loss``, or itself.
         autocast: dtype of the forward pass.
         include: as for :func:`prac.compress`, which is then to be given the same.
         exclude: likewise.
@@ -158,7 +158,7 @@ def allocate(
     how: dict[str, Any] = {"include": include, "exclude": exclude, "example": batch if example is None else example}
     own, theirs = (_survey(model, each, how) for each in (base, policy))
 
-    tensors = _measure(model, base, own, batch, how, held_out, autocast=autocast, loss=loss)
+    tensors = _measure(model, base, own, batch, how, held_out, autocast=autocast, objective=objective)
     fixed = own.total - sum(tensor.bytes(own.keeps[name]) for name, tensor in tensors.items())
     limit = budget if isinstance(budget, int) else theirs.total
     energies = [max(tensor.measured.energy, torch.finfo(torch.float64).tiny) for tensor in tensors.values()]

@@ -148,7 +148,7 @@ def watched_step(
     batch: Example,
     *,
     autocast: torch.dtype | None = None,
-    loss: Callable[[Any], Tensor] | None = None,
+    objective: Callable[[Any], Tensor] | None = None,
 ) -> list[Measured]:
     """Forward and backward once, in training mode: every tensor that a trained linear layer reads, in order.
 
@@ -159,7 +159,7 @@ def watched_step(
         handle: of a model that was compressed with :data:`GROUP` for its norm groups.
         batch: as large as those it is trained on, if not larger.
         autocast: dtype of the forward pass.
-        loss: the scalar to differentiate, of the model's output; by default its ``loss``, or itself.
+        objective: the scalar to differentiate, of the model's output; by default its ``loss``, or itself.
 
     Raises:
         ValueError: if activations or gradients are not finite, naming the layer, or if the output has no loss.
@@ -178,7 +178,7 @@ def watched_step(
         kernel.run_by(as_written),
     ):
         with cast:
-            value = loss_of(call(model, batch), loss)
+            value = loss_of(call(model, batch), objective)
         # Not backward(): the gradients that are there stay, and so does an optimizer that steps inside of it.
         torch.autograd.grad(value, parameters, allow_unused=True)
     default = next(model.parameters()).dtype

@@ -32,6 +32,23 @@ class NotChunked(ValueError):
     """A loss that should have been chunked cannot be."""
 
 
+def is_chunked(loss: Any) -> bool:
+    """What the option ``loss`` says.
+
+    Raises:
+        ValueError: if it is neither ``"chunked"`` nor None.
+    """
+    if loss not in (None, "chunked"):
+        raise ValueError(f'loss must be "chunked" or None, got {loss!r}; a function of the output is an objective=.')
+    return loss is not None
+
+
+def has_chunked(model: nn.Module) -> bool:
+    """Whether some module in it has a chunked loss already."""
+    losses = (vars(module).get("_loss_function") for module in model.modules())
+    return any(isinstance(getattr(loss, "__self__", None), ChunkedLoss) for loss in losses)
+
+
 class ChunkedLoss:
     """Puts the chunked loss into a model, and takes it out again.
 
@@ -86,6 +103,13 @@ class ChunkedLoss:
         if model is not None and vars(model).get("_loss_function") == self._loss:
             del model._loss_function
             vars(model).update(self._had)
+
+    def remark(self) -> str:
+        """What is to be said of it under a summary."""
+        if self._warned:
+            reasons = "; ".join(sorted(self._warned))
+            return f"The loss was to be chunked, and calls were made with all of their logits: {reasons}."
+        return "The loss goes through the tokens in chunks: of the logits, nothing is kept and nothing returned."
 
     def _release(self) -> None:
         head = self._head()

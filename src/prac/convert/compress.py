@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypedDict, Unpack
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from prac.config import Config
-from prac.convert.chunked_loss import ChunkedLoss
+from prac.convert.chunked_loss import ChunkedLoss, has_chunked, is_chunked
 from prac.convert.conversion import Conversion, Filter
 from prac.convert.example import example_for
 from prac.convert.first_batch import FirstBatch, structure_of
@@ -15,6 +18,15 @@ from prac.convert.handle import Handle
 from prac.layers import layers_of
 from prac.presets import as_config
 from prac.runtime.running import Example
+
+
+class Step(TypedDict, total=False):
+    """What of a training step decides whether it fits a budget, as :func:`prac.predict` takes it; and ``check``."""
+
+    optimizer: Callable[[nn.Module], Optimizer | Sequence[Optimizer]] | None
+    autocast: torch.dtype | None
+    objective: Callable[[Any], Tensor] | None
+    check: bool | None
 
 
 def compress(
@@ -25,9 +37,9 @@ def compress(
     exclude: Filter | None = None,
     example: Example | None = None,
     loss: Literal["chunked"] | None = None,
-    budget: int | str | None = None,
+    budget: int | float | str | None = None,
     batch: Example | None = None,
-    **step: Any,
+    **step: Unpack[Step],
 ) -> Handle:
     """Make ``model`` keep compressed activations for backward, in place.
 
@@ -81,16 +93,19 @@ def compress(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"prac.compress takes a model (an nn.Module), got {type(model).__name__}.")
-    if loss not in (None, "chunked"):
-        raise ValueError(f'loss must be "chunked" or None, got {loss!r}.')
+    is_chunked(loss)
     if layers_of(model):
         raise ValueError("this model is compressed already; call handle.restore() on the handle you have first.")
+    if unknown := step.keys() - Step.__annotations__.keys():
+        raise TypeError(f"prac.compress has no option {' or '.join(sorted(unknown))}.")
     if budget is not None:
         given = {"config": config, "example": example, "loss": loss}
         if unwanted := [name for name, value in given.items() if value is not None]:
             raise ValueError(f"a budget takes the place of {' and '.join(unwanted)}: give one or the other.")
         if batch is None:
             raise ValueError('a budget is for steps on some batch: prac.compress(model, budget="22GiB", batch=batch).')
+        if has_chunked(model):
+            raise ValueError("this model has the chunked loss already; call restore() on the handle that it came from.")
         from prac.memory.budget import compress_within  # beside the column: it predicts, by compressing copies
 
         return compress_within(model, batch, budget, include=include, exclude=exclude, **step)

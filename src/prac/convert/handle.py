@@ -61,6 +61,8 @@ class Handle:
         """The rows as a table, repeated blocks folded, with totals."""
         rows = self.rows()
         remarks = [*remarks_on(rows, self.model, self._conversion)]
+        if self._chunked is not None:
+            remarks.append(self._chunked.remark())
         if self.choice is not None:
             remarks.append(str(self.choice))
         return table(rows, remarks)
@@ -194,12 +196,12 @@ class Handle:
         yield from subspaces_among(self._estimators())
 
 
-def left_plain(model: nn.Module, chunked: ChunkedLoss | None) -> Handle:
+def left_plain(model: nn.Module, chunked: ChunkedLoss | None, why: str) -> Handle:
     """A handle on a model that nothing has to be compressed of."""
     conversion = Conversion(model, Config(linear=None, norm=None, activation=None), None, None)
     conversion.is_final = True
     for name in conversion.names(model):
-        conversion.notes[model.get_submodule(name)] = "plain training fits the budget: stays in full"
+        conversion.notes[model.get_submodule(name)] = why
     return Handle(model, conversion, chunked)
 
 

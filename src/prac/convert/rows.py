@@ -28,7 +28,7 @@ def remarks_on(rows: Sequence[Row], model: nn.Module, conversion: Conversion) ->
     """What is to be said of them together."""
     layers = list(layers_of(model).values())
     if layers and not model.training:
-        yield "The model is in eval mode, in which nothing is compressed: call model.train() before training."
+        yield "The model is in eval mode now: nothing is compressed until model.train(), as trainers call it."
     if not conversion.is_final:
         yield (
             "The model has no example: the first batch that it trains on shows which layers share an input, and its "

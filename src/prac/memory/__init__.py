@@ -2,8 +2,19 @@
 
 from prac.memory.breakdown import Breakdown
 from prac.memory.budget import Choice, Step, choose
-from prac.memory.largest_batch import largest_batch
+from prac.memory.largest_batch import largest_batch, parse_budget
 from prac.memory.measure import KeptBytes, measure, track_kept
 from prac.memory.predict import predict
 
-__all__ = ["Breakdown", "Choice", "KeptBytes", "Step", "choose", "largest_batch", "measure", "predict", "track_kept"]
+__all__ = [
+    "Breakdown",
+    "Choice",
+    "KeptBytes",
+    "Step",
+    "choose",
+    "largest_batch",
+    "measure",
+    "parse_budget",
+    "predict",
+    "track_kept",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections import Counter
 from typing import Any
@@ -19,7 +20,7 @@ from prac.runtime.running import Example, tensors_in
 def largest_batch(
     model: nn.Module,
     batch: Example,
-    budget: int | str,
+    budget: int | float | str,
     config: Config | str | None = None,
     **how: Any,
 ) -> int:
@@ -60,21 +61,21 @@ def largest_batch(
     return low
 
 
-def parse_budget(budget: int | str) -> int:
-    """Bytes of ``"24GiB"``, ``"80 GB"``, ``"512 MiB"`` or a number.
+def parse_budget(budget: int | float | str) -> int:
+    """Bytes of ``"24GiB"``, ``"80 GB"``, ``"512 MiB"``, ``"1e9"`` or a number.
 
     Raises:
         ValueError: for anything else.
     """
-    if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
-        return budget
+    if isinstance(budget, int | float) and not isinstance(budget, bool) and 1 <= budget < math.inf:
+        return int(budget)
     match = (
         None
         if not isinstance(budget, str)
-        else re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", budget, re.IGNORECASE)
+        else re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([KMGT]?)(i?)B?\s*", budget, re.IGNORECASE)
     )
     if match is None:
-        raise ValueError(f"a budget is a whole number of bytes above 0 or text such as 24GiB or 80GB, got {budget!r}.")
+        raise ValueError(f"a budget is a number of bytes above 0 or text such as 24GiB or 80GB, got {budget!r}.")
     number, prefix, binary = match.groups()
     power = "KMGT".index(prefix.upper()) + 1 if prefix else 0
     count = int(float(number) * (1024 if binary else 1000) ** power)

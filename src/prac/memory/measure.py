@@ -78,7 +78,7 @@ def measure(
     *,
     optimizer: Optimizer | None = None,
     autocast: torch.dtype | None = None,
-    loss: Callable[[Any], Tensor] | None = None,
+    objective: Callable[[Any], Tensor] | None = None,
 ) -> Breakdown:
     """The memory of a real training step of ``model``, compressed or not, as :func:`prac.predict` breaks it down.
 
@@ -90,7 +90,7 @@ def measure(
         batch: its input, as for :func:`prac.compress`, on that device.
         optimizer: its state is counted. Its step is not run; the peak is then nearly always in backward.
         autocast: run the forward pass under autocast to this dtype.
-        loss: the scalar to differentiate, of the model's output; by default its ``loss``, or itself.
+        objective: the scalar to differentiate, of the model's output; by default its ``loss``, or itself.
 
     Returns:
         A breakdown whose ``at_peak`` has one entry, ``step``, for activations, gradients and temporaries together:
@@ -103,7 +103,7 @@ def measure(
 
     def forward() -> Tensor:
         with nullcontext() if autocast is None else torch.autocast(device.type, autocast):
-            return loss_of(call(model, batch), loss)
+            return loss_of(call(model, batch), objective)
 
     model.zero_grad(set_to_none=True)
     forward().backward()

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prac.config import Config
-from prac.convert.chunked_loss import ChunkedLoss
+from prac.convert.chunked_loss import ChunkedLoss, is_chunked
 from prac.convert.compress import compress
 from prac.convert.conversion import Filter
 from prac.convert.state import subspaces_of
@@ -26,9 +26,44 @@ from prac.runtime.running import Example, call, loss_of, tensors_in
 OptimizerFactory = Callable[[nn.Module], Optimizer | Sequence[Optimizer]]
 
 
-def adamw(model: nn.Module) -> Optimizer:
-    """AdamW as one kernel, whose step needs no memory beyond its two states."""
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+def adamw(model: nn.Module) -> list[Optimizer]:
+    """AdamW as one kernel, whose step needs no memory beyond its two states; none where nothing is trained."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [torch.optim.AdamW(trained, fused=True)] if trained else []
+
+
+def check_optimizer(make: Any) -> None:
+    """Raises TypeError if ``make`` is no function of a model (or None)."""
+    if make is not None and (not callable(make) or isinstance(make, type)):
+        what = make.__name__ if isinstance(make, type) else type(make).__name__
+        raise TypeError(
+            f"optimizer is a function that makes one for a model, such as lambda model: AdamW(model.parameters()); "
+            f"got {what}."
+        )
+
+
+def switch_of(model: nn.Module) -> str:
+    """The method by which a model of transformers is told to compute its blocks again; "" where it has none."""
+    # What version 6 calls it, and what it was called before.
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    name = next((n for n in names if hasattr(model, n)), "")
+    return name if getattr(model, "supports_gradient_checkpointing", False) else ""
+
+
+def recomputes(model: nn.Module) -> bool:
+    """Whether it does so already."""
+    return any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
+
+
+def _recompute_blocks(model: nn.Module) -> None:
+    switch = switch_of(model)
+    if not switch:
+        raise ValueError(f"this {type(model).__name__} has no switch for gradient checkpointing (checkpoint=True).")
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):  # it turns that off by itself, and says so each time
+            config.use_cache = False
+    getattr(model, switch)()
 
 
 def predict(
@@ -38,11 +73,12 @@ def predict(
     *,
     include: Filter | None = None,
     exclude: Filter | None = None,
-    chunked_loss: bool = False,
+    loss: Literal["chunked"] | None = None,
+    checkpoint: bool = False,
     offload: bool = False,
     optimizer: OptimizerFactory | None = adamw,
     autocast: torch.dtype | None = None,
-    loss: Callable[[Any], Tensor] | None = None,
+    objective: Callable[[Any], Tensor] | None = None,
 ) -> Breakdown:
     """The peak memory of one training step: forward, backward, optimizer step.
 
@@ -60,16 +96,18 @@ def predict(
         config: how to compress; None for the model as it is.
         include: compress only these layers, as :func:`prac.compress` takes it.
         exclude: leave these layers alone, likewise.
-        chunked_loss: train without logits (:class:`prac.ChunkedLoss`).
+        loss: ``"chunked"`` to train without logits, as :func:`prac.compress` takes it.
+        checkpoint: as if a model of transformers computed its blocks again in backward, by its own switch.
         offload: as if what autograd saves went to another memory until backward asks for it, as with torch's
             ``save_on_cpu``; saved one by one, so a tensor that is saved twice comes back twice.
         optimizer: makes the optimizer, or several, for a model; None to leave it and its state out.
         autocast: run the forward pass under autocast to this dtype.
-        loss: the scalar to differentiate, of the model's output; by default its ``loss``, or itself.
+        objective: the scalar to differentiate, of the model's output; by default its ``loss``, or itself.
 
     Raises:
-        ValueError: if the model is compressed already, its output has no loss, its loss cannot be chunked, or what it
-            computes depends on the numbers in the batch.
+        ValueError: if the model is compressed already, its output has no loss, its loss cannot be chunked, it has no
+            switch for checkpointing, or what it computes depends on the numbers in the batch.
+        TypeError: if ``optimizer`` makes none.
 
     >>> with torch.device("meta"):
     ...     model = LlamaForCausalLM(config)
@@ -78,13 +116,17 @@ def predict(
     """
     if layers_of(model):
         raise ValueError("predict takes the model before compress, and the config; call handle.restore() first.")
+    chunks = is_chunked(loss)
+    check_optimizer(optimizer)
     with faked(model, batch) as (model, batch):
-        if chunked_loss:
+        if checkpoint:
+            _recompute_blocks(model)
+        if chunks:
             ChunkedLoss(model, strict=True)
         if config is not None:
             compress(model, config, include=include, exclude=exclude, example=batch)
         model.train()
-        step = partial(_factored_gradients, model, batch, loss, autocast) if _is_factored(model) else None
+        step = partial(_factored_gradients, model, batch, objective, autocast) if _is_factored(model) else None
         optimizers = [] if optimizer is None else _started(optimizer, model, step)
         tracker = Tracker(model)
         tracker.label(model.buffers(), "parameters")
@@ -99,7 +141,7 @@ def predict(
         ]
         with tracker:
             with _autocast(autocast), _elsewhere() if offload else nullcontext():
-                value = loss_of(call(model, batch), loss)
+                value = loss_of(call(model, batch), objective)
             tracker.label(subspaces_of(model), "subspaces")
             end_of_forward = tracker.now()
             tracker.name_rest()
@@ -117,7 +159,10 @@ def predict(
 def _started(make: OptimizerFactory, model: nn.Module, gradients: Callable[[], None] | None = None) -> list[Optimizer]:
     """The optimizers after a first step, with all of their state."""
     made = make(model)
-    optimizers = [made] if isinstance(made, Optimizer) else list(made)
+    optimizers = [made] if isinstance(made, Optimizer) else list(made) if isinstance(made, Sequence) else [made]
+    if wrong := [each for each in optimizers if not isinstance(each, Optimizer)]:
+        what = type(wrong[0]).__name__
+        raise TypeError(f"optimizer has to make a torch.optim.Optimizer or several, it made a {what}.")
     if gradients is not None:
         gradients()
     for parameter in model.parameters():
@@ -135,11 +180,11 @@ def _is_factored(model: nn.Module) -> bool:
 
 
 def _factored_gradients(
-    model: nn.Module, batch: Example, loss: Callable[[Any], Tensor] | None, autocast: torch.dtype | None
+    model: nn.Module, batch: Example, objective: Callable[[Any], Tensor] | None, autocast: torch.dtype | None
 ) -> None:
     """Those of a step: an optimizer may make its state as narrow as they are."""
     with _autocast(autocast):
-        value = loss_of(call(model, batch), loss)
+        value = loss_of(call(model, batch), objective)
     value.backward()
 
 

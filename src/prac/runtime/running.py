@@ -30,19 +30,24 @@ def as_call(example: Example) -> tuple[Sequence[Any], Mapping[str, Any]]:
     return ((example,) if isinstance(example, Tensor) else tuple(example)), {}
 
 
-def loss_of(output: Any, loss: Callable[[Any], Tensor] | None = None) -> Tensor:
-    """The scalar to differentiate.
+def loss_of(output: Any, objective: Callable[[Any], Tensor] | None = None) -> Tensor:
+    """The scalar to differentiate: ``objective`` of the output; without one the output's ``loss``, or itself.
 
     Raises:
         ValueError: if there is none.
     """
-    value = loss(output) if loss is not None else output
+    if objective is not None:
+        scalar: Any = objective(output)
+        if not isinstance(scalar, Tensor) or scalar.dim() > 0:
+            found = f"a tensor of shape {tuple(scalar.shape)}" if isinstance(scalar, Tensor) else type(scalar).__name__
+            raise ValueError(f"the objective has to give a tensor with one number and no dimension, it gave {found}.")
+        return scalar
+    value = output
     if not isinstance(value, Tensor):
         value = output["loss"] if isinstance(output, Mapping) and "loss" in output else getattr(output, "loss", None)
     if not isinstance(value, Tensor) or value.dim() > 0:
         raise ValueError(
-            "the model's output has no loss: put labels into the batch, or give a function of the output (loss=, or "
-            "objective= of prac.compress)."
+            "the model's output has no loss: put labels into the batch, or give a function of the output (objective=)."
         )
     return value
 

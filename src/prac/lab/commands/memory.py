@@ -92,11 +92,14 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     include, exclude = (tuple(globs) if globs else None for globs in (arguments.include, arguments.exclude))
     setting = footprint.Setting(arguments.model, micro_batch, seq_len, arguments.dtype, include, exclude)
     if arguments.budget:
+        memory.parse_budget(arguments.budget)  # before anything is made
         model, batch = footprint.materials(setting)
         make = footprint.OPTIMIZERS[arguments.optimizer[0]]
         _, autocast = footprint.DTYPES[setting.dtype]
         with Console(stderr=True).status("trying the mildest first"):
-            found = memory.choose(memory.Step(model, batch, make, autocast), arguments.budget)
+            found = memory.choose(
+                memory.Step(model, batch, make, autocast, include=include, exclude=exclude), arguments.budget
+            )
         print(found)
         return 0
     chosen = methods.names(list(arguments.methods or footprint.DEFAULTS))

@@ -175,7 +175,7 @@ def one(setting: Setting, method: str, loss: str, optimizer: str) -> Breakdown:
         offload=way.offload,
         include=setting.include,
         exclude=setting.exclude,
-        chunked_loss=loss == "chunked",
+        loss="chunked" if loss == "chunked" else None,
         optimizer=OPTIMIZERS[optimizer],
         autocast=autocast,
     )
