@@ -57,8 +57,9 @@ def takes_long(cell: Cell) -> bool:
     """What is left to ``make test-long``: whose graphs take seconds to trace, and what differs least from the rest."""
     if cell.wrapper == "compile":
         return cell.loop != "plain loop" or cell.dtype != "fp32" or (cell.preset == "paper" and cell.model != "llama")
-    if cell.wrapper in SEVERAL and (cell.loop == "Accelerate" or cell.dtype == "pure bf16"):
-        return True
+    if cell.wrapper in SEVERAL:  # of two wrappers and two loops each is run once
+        once = {"DDP": "Trainer", "FSDP2": "plain loop"}
+        return cell.dtype == "pure bf16" or cell.loop != once[cell.wrapper]
     # The Trainer's own part of autocast is a context, which the plain loop enters as well.
     return (cell.dtype == "pure bf16" and cell.loop != "plain loop") or (
         cell.dtype != "fp32" and cell.loop == "Trainer"

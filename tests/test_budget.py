@@ -21,7 +21,7 @@ def model() -> nn.Module:
     with torch.device("meta"):
         return LlamaForCausalLM(
             LlamaConfig(
-                hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, vocab_size=512
+                hidden_size=64, intermediate_size=160, num_hidden_layers=1, num_attention_heads=4, vocab_size=512
             )
         )
 

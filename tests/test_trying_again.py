@@ -220,7 +220,7 @@ def test_the_summary_forgets_what_was_undone() -> None:
     assert handle.summary() == before
     assert "in eval mode" not in before
     model.eval()
-    assert "call model.train()" in handle.summary()
+    assert "nothing is compressed until model.train()" in handle.summary()
 
 
 def test_folded_rows_name_what_each_reads() -> None:

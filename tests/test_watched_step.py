@@ -50,7 +50,7 @@ def test_what_is_measured_are_the_gradients_of_the_model(family: str, config: Co
     for name, layer in layers.items():
         for estimator in handle.read_by(name) if layer.kind == "linear" else []:
             readers.setdefault(estimator.name, []).append(name)
-    found = watched_step(handle, batch, loss=loss)
+    found = watched_step(handle, batch, objective=loss)
     handle.restore()
     assert found
     energies = exact(model, batch, {tensor.name: readers[tensor.name] for tensor in found})

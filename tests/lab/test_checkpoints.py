@@ -96,6 +96,9 @@ def test_a_damaged_one_is_refused(options, run, name, damage, says):
     with pytest.raises(ValueError, match=rf"checkpoint-6 is damaged: {name} {says}.*go on from checkpoint-3"):
         train.run(options, run, resume=True)
     assert (run / "checkpoint-6").exists()  # what is to be done with it is the user's to say
+
+
+def test_once_the_damaged_one_is_gone_it_goes_on_from_the_one_before(options, run):
     shutil.rmtree(run / "checkpoint-6")
     assert train.run(options, run, resume=True)["steps"] == 9
 
