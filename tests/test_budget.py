@@ -86,7 +86,7 @@ def test_budgets() -> None:
     assert parse_budget("1.5g") == 1_500_000_000
     assert parse_budget(5) == 5
     assert parse_budget(0.5 * 2**30) == 2**29 and parse_budget("1e9") == parse_budget(1e9) == 10**9
-    for wrong in ("plenty", 0, -5, 0.5, float("nan"), float("inf"), True, "0GiB", None):
+    for wrong in ("plenty", 0, -5, 0.5, float("nan"), float("inf"), True, "0GiB", "1e999", "9" * 400, None):
         with pytest.raises(ValueError, match="a budget"):
             parse_budget(wrong)  # type: ignore[arg-type]
 

@@ -78,7 +78,10 @@ def parse_budget(budget: int | float | str) -> int:
         raise ValueError(f"a budget is a number of bytes above 0 or text such as 24GiB or 80GB, got {budget!r}.")
     number, prefix, binary = match.groups()
     power = "KMGT".index(prefix.upper()) + 1 if prefix else 0
-    count = int(float(number) * (1024 if binary else 1000) ** power)
+    found = float(number) * (1024 if binary else 1000) ** power
+    if not math.isfinite(found):
+        raise ValueError(f"a budget of {budget!r} is more than a number can say.")
+    count = int(found)
     if not count:
         raise ValueError(f"a budget of {budget!r} is no memory at all.")
     return count
