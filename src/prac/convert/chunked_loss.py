@@ -231,7 +231,7 @@ def _with_head(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
         head = module.get_output_embeddings()  # type: ignore[operator]
         if isinstance(head, nn.Linear):
             loss = module.loss_function
-            if isinstance(getattr(loss, "__self__", None), ChunkedLoss):
+            if has_chunked(module):
                 raise NotChunked(f"this {type(module).__name__} has the chunked loss already.")
             if reason := why_not(head):
                 raise NotChunked(f"the chunked loss needs a plain linear output head; {reason}: {HELP}.")

@@ -93,7 +93,7 @@ def compress(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"prac.compress takes a model (an nn.Module), got {type(model).__name__}.")
-    is_chunked(loss)
+    chunks = is_chunked(loss)
     if layers_of(model):
         raise ValueError("this model is compressed already; call handle.restore() on the handle you have first.")
     if unknown := step.keys() - Step.__annotations__.keys():
@@ -123,7 +123,7 @@ def compress(
         structure = None if made_up is None else structure_of(model, names, made_up, is_made_up=True)
     # All that may raise comes before the model is changed, and the loss takes itself out again where it does not fit.
     plan = conversion.plan(model, structure, found)
-    chunked = ChunkedLoss(model) if loss == "chunked" else None
+    chunked = ChunkedLoss(model) if chunks else None
     conversion.swap(model, plan)
     if structure is None:
         FirstBatch(conversion).attach(model)

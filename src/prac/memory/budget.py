@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -20,7 +20,7 @@ from prac.convert.handle import Handle, left_plain
 from prac.memory.breakdown import Breakdown
 from prac.memory.largest_batch import largest_batch, parse_budget, rows_of
 from prac.memory.measure import measure
-from prac.memory.predict import OptimizerFactory, adamw, check_optimizer, predict, recomputes, switch_of
+from prac.memory.predict import OptimizerFactory, adamw, predict, recomputes, switch_of
 from prac.presets import PRESETS
 from prac.runtime.running import Example, as_call, buffers_kept, in_mode, tensors_in
 from prac.runtime.text import size
@@ -111,8 +111,8 @@ class Step(NamedTuple):
         """Its memory in one way; what there is to warn of is said of the one that is taken."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            how = self.how()
-            return predict(self.model, self.batch, rung.config, loss=rung.loss, checkpoint=checkpoint, **how)
+            of: dict[str, Any] = {"loss": rung.loss, "checkpoint": checkpoint}
+            return predict(self.model, self.batch, rung.config, **of, **self.how())
 
     def largest(self, rung: Rung, limit: int) -> int:
         """How many rows of its batch fit in one way."""
@@ -133,20 +133,17 @@ class Step(NamedTuple):
         return {name: value for name, value in self._asdict().items() if name not in ("model", "batch")}
 
     def check(self) -> None:
-        """Raise for what cannot be a step.
+        """Raise for what cannot be a step, and a prediction would not name.
 
         Raises:
-            TypeError: for a batch without tensors, an optimizer or a dtype that is none.
+            TypeError: for a batch without tensors.
             ValueError: for a model of which nothing is trained.
         """
         as_call(self.batch)
-        if not any(True for _ in tensors_in(self.batch)):
+        if not tensors_in(self.batch):
             raise TypeError(
                 f"the batch, a {type(self.batch).__name__}, holds no tensor: give it as the model takes it."
             )
-        check_optimizer(self.optimizer)
-        if self.autocast is not None and not isinstance(self.autocast, torch.dtype):
-            raise TypeError(f"autocast takes a dtype such as torch.bfloat16, got {self.autocast!r}.")
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError("no parameter of the model requires a gradient, so there is no step to fit.")
 
@@ -193,7 +190,7 @@ def choose(step: Step, budget: int | float | str, check: bool | None = None) -> 
     predicted = functools.cache(step.predicted)
     takes: dict[Rung, int] = {}
     rungs = _rungs(predicted)
-    for number, rung in enumerate(rungs):
+    for rung in rungs:
         found, real = predicted(rung), None
         takes[rung] = found.peak
         if found.peak <= limit and check:
@@ -201,7 +198,7 @@ def choose(step: Step, budget: int | float | str, check: bool | None = None) -> 
             real = limit + 1 if of_step is None else of_step + found.at_peak.get("optimizer", 0)
             takes[rung] = real
         if takes[rung] <= limit:
-            less = (each for each in rungs[number + 1 :] if predicted(each).peak < found.peak)
+            less = (each for each in rungs if predicted(each).peak < found.peak)  # of those that are left
             further = next(((each.name, predicted(each).peak, each.gives_up) for each in less), None)
             rejected = {each.name: count for each, count in takes.items() if each is not rung}
             return Choice(*rung, found, limit, rejected, further, real)
@@ -210,7 +207,7 @@ def choose(step: Step, budget: int | float | str, check: bool | None = None) -> 
     raise ValueError(
         f"{size(limit)} is not enough: {least.name}, which takes least, would take {size(takes[least])}, "
         f"{size(takes[least] - limit)} more. What would fit: {_instead(step, least, limit)}. Also to try:"
-        + "".join(f"\n  - {each}" for each in _also(step, rungs, found))
+        + "".join(f"\n  - {each}" for each in _also(step, rung, found))
     )
 
 
@@ -220,11 +217,11 @@ def _instead(step: Step, rung: Rung, limit: int) -> str:
     return f"a batch of {most} instead of {rows}" if most else f"a smaller model: not even a batch of 1 of {rows} fits"
 
 
-def _also(step: Step, rungs: Sequence[Rung], found: Breakdown) -> list[str]:
+def _also(step: Step, last: Rung, found: Breakdown) -> list[str]:
     """What else there is to try, with the memory it would take or free."""
     tries, switch = [], switch_of(step.model)
     if switch and not recomputes(step.model):
-        peak = step.predicted(rungs[-1], checkpoint=True).peak
+        peak = step.predicted(last, checkpoint=True).peak
         if peak < found.peak:
             tries.append(f"checkpointing as well, before prac.compress (model.{switch}()): {size(peak)} in all")
     state, gradients = (found.at_peak.get(kind, 0) for kind in ("optimizer", "gradients"))
@@ -272,17 +269,20 @@ def _refuse_made_up(step: Step) -> None:
         )
 
 
-def _rungs(predicted: Callable[[Rung], Breakdown]) -> list[Rung]:
+def _rungs(predicted: Callable[[Rung], Breakdown]) -> Iterator[Rung]:
     """The ways that there are for a step: each without logits where its loss can be chunked and that saves memory.
 
     With a small vocabulary or few tokens it does not; where plain training takes most elsewhere, others may save.
     """
     plain, chunked, *others = LADDER
-    with_logits = [rung._replace(loss=None) for rung in others]
+    yield plain
     try:
-        if predicted(chunked).peak < predicted(plain).peak:
-            return list(LADDER)
+        saves = predicted(chunked).peak < predicted(plain).peak
     except NotChunked:
-        return [plain, *with_logits]
-    pairs = zip(with_logits, others, strict=True)
-    return [plain, *(min(pair, key=lambda rung: predicted(rung).peak) for pair in pairs)]
+        yield from (rung._replace(loss=None) for rung in others)
+        return
+    if saves:
+        yield from (chunked, *others)
+        return
+    for rung in others:
+        yield min(rung._replace(loss=None), rung, key=lambda way: predicted(way).peak)

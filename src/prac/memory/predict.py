@@ -32,8 +32,10 @@ def adamw(model: nn.Module) -> list[Optimizer]:
     return [torch.optim.AdamW(trained, fused=True)] if trained else []
 
 
-def check_optimizer(make: Any) -> None:
-    """Raises TypeError if ``make`` is no function of a model (or None)."""
+def _check(make: Any, autocast: Any) -> None:
+    """Raises TypeError if ``make`` is no function of a model, or ``autocast`` no dtype; None may be either."""
+    if autocast is not None and not isinstance(autocast, torch.dtype):
+        raise TypeError(f"autocast takes a dtype such as torch.bfloat16, got {autocast!r}.")
     if make is not None and (not callable(make) or isinstance(make, type)):
         what = make.__name__ if isinstance(make, type) else type(make).__name__
         raise TypeError(
@@ -55,15 +57,23 @@ def recomputes(model: nn.Module) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
 
 
-def _recompute_blocks(model: nn.Module) -> None:
+def enable_checkpointing(model: nn.Module, *how: Any) -> None:
+    """Have a model of transformers compute its blocks again in backward; ``how`` is what its switch takes.
+
+    Raises:
+        ValueError: if it has none.
+    """
     switch = switch_of(model)
     if not switch:
-        raise ValueError(f"this {type(model).__name__} has no switch for gradient checkpointing (checkpoint=True).")
+        raise ValueError(f"this {type(model).__name__} has no switch for gradient checkpointing.")
+    getattr(model, switch)(*how)
+
+
+def _without_caches(model: nn.Module) -> None:
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if getattr(config, "use_cache", False):  # it turns that off by itself, and says so each time
             config.use_cache = False
-    getattr(model, switch)()
 
 
 def predict(
@@ -107,7 +117,7 @@ def predict(
     Raises:
         ValueError: if the model is compressed already, its output has no loss, its loss cannot be chunked, it has no
             switch for checkpointing, or what it computes depends on the numbers in the batch.
-        TypeError: if ``optimizer`` makes none.
+        TypeError: if ``optimizer`` makes none, or ``autocast`` is no dtype.
 
     >>> with torch.device("meta"):
     ...     model = LlamaForCausalLM(config)
@@ -117,10 +127,11 @@ def predict(
     if layers_of(model):
         raise ValueError("predict takes the model before compress, and the config; call handle.restore() first.")
     chunks = is_chunked(loss)
-    check_optimizer(optimizer)
+    _check(optimizer, autocast)
     with faked(model, batch) as (model, batch):
         if checkpoint:
-            _recompute_blocks(model)
+            _without_caches(model)
+            enable_checkpointing(model)
         if chunks:
             ChunkedLoss(model, strict=True)
         if config is not None:

@@ -16,6 +16,7 @@ from prac.convert.compress import compress
 from prac.convert.handle import Handle
 from prac.lab.materials.blocks import Block
 from prac.lab.methods.naming import COMPILED, Method, parse
+from prac.memory.predict import enable_checkpointing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,9 +76,7 @@ def checkpoint_blocks(
     how: dict[str, Any] = {"use_reentrant": reentrant}
     if selective:
         how["context_fn"] = KEEP_SAVED
-    # The second name is that before transformers 5.23.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable(how)
+    enable_checkpointing(model, how)
     blocks = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and not hasattr(m, "layers")]
     for index, block in enumerate(blocks):
         if index % every:
