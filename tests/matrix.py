@@ -60,9 +60,10 @@ def takes_long(cell: Cell) -> bool:
     if cell.wrapper in SEVERAL:  # of two wrappers and two loops each is run once
         once = {"DDP": "Trainer", "FSDP2": "plain loop"}
         return cell.dtype == "pure bf16" or cell.loop != once[cell.wrapper]
-    # The Trainer's own part of autocast is a context, which the plain loop enters as well.
-    return (cell.dtype == "pure bf16" and cell.loop != "plain loop") or (
-        cell.dtype != "fp32" and cell.loop == "Trainer"
+    # What a loop adds to autocast is a context, and what it does with a wrapper is the same for either preset.
+    alone = cell.wrapper == "none"
+    return cell.loop != "plain loop" and (
+        cell.dtype == "pure bf16" or (not alone and (cell.dtype != "fp32" or cell.preset == "paper"))
     )
 
 

@@ -24,10 +24,12 @@ def argv(corpus_file):
 
 @pytest.fixture(scope="module")
 def compared(argv, tmp_path_factory):
-    """Two seeds of four methods, two at a time."""
+    """Two seeds of four methods, one after the other in this process: tests/lab/test_cli.py runs some in their own."""
     out = tmp_path_factory.mktemp("compare")
     command = [*argv, "--methods", ",".join(METHODS), "--out", str(out), "--json", str(out / "rows.json")]
-    assert main([*command, "--workers", "2"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(children, "run_all", lambda commands, workers: [main(list(each)) for each in commands])
+        assert main([*command, "--workers", "2"]) == 0
     return out, command
 
 
