@@ -127,6 +127,8 @@ def test_a_model_without_torchs_attention_is_told_so() -> None:
         prac.compress(build("gemma2"), WHOLE.replace(attention_bits=8))
     with pytest.warns(UserWarning, match="no effect"):
         prac.compress(encoder().train(), WHOLE.replace(attention_bits=8), example=HIDDEN)
+    with pytest.warns(UserWarning, match="no effect on 2 attention modules.*width 32 is below min_width = 40"):
+        prac.compress(build("llama"), WHOLE.replace(attention_bits=8, min_width=40))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prac.compress(build("llama"), WHOLE)

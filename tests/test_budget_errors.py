@@ -111,3 +111,36 @@ def test_the_summary_says_that_the_loss_is_chunked() -> None:
             prac.compress(net, budget=PEAKS[name], batch=real_batch())
         handle.restore()
         assert "chunks" not in handle.summary()
+
+
+def test_a_batch_that_was_refused_is_not_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Predicted to fit, and then it takes a tenth more."""
+    from prac.memory import budget
+
+    step = Step(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)), torch.empty(512, 64))
+    step = step._replace(objective=lambda y: y.square().mean())
+    plain = step.predicted(LADDER[0])
+    monkeypatch.setattr(
+        budget, "_real_peak", lambda step, rung: int(1.1 * step.predicted(rung).peak) - plain.at_peak["optimizer"]
+    )
+    limit = max(step.predicted(rung._replace(loss=None)).peak for rung in LADDER if rung.name != "chunked loss")
+    with pytest.raises(ValueError, match="What would fit: a batch of") as error:
+        choose(step, limit // 2, check=True)
+    rows = int(str(error.value).split("a batch of ")[1].split()[0])
+    assert 0 < rows < 512
+    least = min(step.predicted(rung._replace(loss=None)).peak for rung in LADDER if rung.name != "chunked loss")
+    with pytest.raises(ValueError, match="a batch of") as error:
+        choose(step, int(1.05 * least), check=True)
+    assert 300 < int(str(error.value).split("a batch of ")[1].split()[0]) < 512
+
+
+def test_an_objective_of_the_logits_leaves_them_in() -> None:
+    """Where it could be chunked otherwise, and the objective works in plain training alone."""
+    net, ids = little_model(), real_batch(2)
+    step = Step(net, ids, objective=lambda output: output.logits.float().square().mean())
+    lean = step.predicted(LADDER[2]._replace(loss=None)).peak
+    with pytest.warns(UserWarning, match="the loss is not chunked, since the objective fails without logits"):
+        found = choose(step, lean)
+    assert found.loss is None and found.predicted.peak <= lean
+    with pytest.raises(ValueError, match="no parameter has a part in"):
+        choose(step._replace(objective=lambda output: torch.tensor(1.0)), lean)

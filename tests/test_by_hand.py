@@ -103,6 +103,31 @@ def test_one_that_fails_is_given_up_with_one_warning(said: list[str]) -> None:
     assert said == ["by hand", "by hand"]
 
 
+def test_a_reason_that_fails_is_one_that_fails_and_no_memory_says_nothing_of_a_kernel(said: list[str]) -> None:
+    scale = scaled(said)
+
+    @scale.by_hand("cpu", why_not=lambda x, by: str(1 / 0))
+    def unasked(x: Tensor, by: float) -> Tensor:
+        raise AssertionError
+
+    with pytest.warns(UserWarning, match="kernel by hand for scale.*ZeroDivisionError"):
+        assert torch.equal(scale(X, 2.0), 2 * X)
+    assert said == ["by hand"]
+    full = [True]
+
+    @scale.by_hand("cpu")
+    def hungry(x: Tensor, by: float) -> Tensor:
+        if full:
+            raise torch.OutOfMemoryError("of 80 GiB, none")
+        said.append("hungry")
+        return x * by
+
+    with pytest.raises(torch.OutOfMemoryError):
+        scale(X, 2.0)
+    full.clear()
+    assert torch.equal(scale(X, 2.0), 2 * X) and said == ["by hand", "hungry"]
+
+
 BY_TRITON = Path(__file__).with_name("by_triton.py")
 
 

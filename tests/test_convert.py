@@ -81,6 +81,14 @@ def test_refused_and_unchanged(model: Callable[[], nn.Module], kwargs: dict[str,
     assert not compressed_names(model)
 
 
+@pytest.mark.parametrize("filter", [3, [3], [b"mlp"]])
+def test_what_is_no_filter_is_named(filter: Any) -> None:
+    for what in ("include", "exclude"):
+        with pytest.raises(TypeError, match=f"{what} must be a pattern"):
+            prac.compress(build("llama"), PAPER, **{what: filter})
+    assert prac.compress(build("llama"), PAPER, include={"*.mlp.*"}).rows()
+
+
 def test_too_few_tokens_names_the_layer() -> None:
     model = build("llama")
     prac.compress(model, PAPER)

@@ -269,3 +269,29 @@ def test_a_decoded_output_is_held_for_as_long_as_somebody_will_ask() -> None:
         seen: list[bool] = []
         Reader.apply(tensor(2), asks).sum().backward()
         assert (len(made), seen, decoded._y_MN) == (count, held, None)
+
+
+def test_compiled_autograd_has_each_reader_decode_for_itself() -> None:
+    """Its passes have no end at which to let go of what is shared."""
+    from torch._dynamo import compiled_autograd
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.a, self.b = nn.LayerNorm(N), nn.Linear(N, N), nn.Linear(N, N)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(x)
+            return (self.a(h) * self.b(h)).square().mean()
+
+    torch.manual_seed(0)
+    model, x = Twice(), torch.randn(5, 7, N)
+    prac.compress(model, prac.Config(linear=FULL, norm=FULL, group=FULL, min_width=1), example=x)
+    model(x).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    loss = model(x)
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    for p, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad)

@@ -105,7 +105,9 @@ def compress(
         if batch is None:
             raise ValueError('a budget is for steps on some batch: prac.compress(model, budget="22GiB", batch=batch).')
         if has_chunked(model):
-            raise ValueError("this model has the chunked loss already; call restore() on the handle that it came from.")
+            raise ValueError(
+                "this model has the chunked loss already: remove() it first, or restore() the handle it is from."
+            )
         from prac.memory.budget import compress_within  # beside the column: it predicts, by compressing copies
 
         return compress_within(model, batch, budget, include=include, exclude=exclude, **step)

@@ -6,7 +6,7 @@ import copy
 import difflib
 import fnmatch
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class Conversion:
     def __init__(self, model: nn.Module, config: Config, include: Filter | None, exclude: Filter | None) -> None:
         self.config, self._include, self._exclude = config, include, exclude
         for what, filter in (("include", include), ("exclude", exclude)):
-            _warn_of_names(what, filter, [name for name, _ in model.named_modules()])
+            _check_names(what, filter, [name for name, _ in model.named_modules()])
         self.clock = Clock(model)
         self.notes: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self.shared = Shared()
@@ -98,9 +98,10 @@ class Conversion:
                 matches[name] = attention.match(seen, config.attention_bits)
             elif config.attention_bits is not None:
                 notes[name] = f"attention in full: {seen}"
-        self._warn_of_attention(model, structure, notes)
         heads = known.heads | _output_embeddings(model, modules)
         reasons |= {n: self._why_not(n, m, modules, known, heads) for n, m in matches.items()}
+        if structure is not None:
+            self._warn_of_attention(model, structure, notes, reasons)
         chosen = {name: match for name, match in matches.items() if reasons[name] is None}
         plan = Plan(config, chosen, known)
         reasons |= plan.left_to_others
@@ -147,8 +148,10 @@ class Conversion:
             return f"width {width} is below min_width = {config.min_width}"
         return None
 
-    def _warn_of_attention(self, model: nn.Module, structure: Structure | None, notes: dict[str, str]) -> None:
-        if self.config.attention_bits is None or structure is None:
+    def _warn_of_attention(
+        self, model: nn.Module, structure: Structure, notes: dict[str, str], reasons: dict[str, str | None]
+    ) -> None:
+        if self.config.attention_bits is None:
             return
         asked, whose = f"attention_bits = {self.config.attention_bits}", f"this {type(model).__name__}"
         if not structure.attention:
@@ -157,11 +160,12 @@ class Conversion:
                 "With transformers, load it with attn_implementation='sdpa'."
             )
         else:
-            full = [n for n, seen in structure.attention.items() if isinstance(seen, str) and n in notes]
+            full = {name: str(seen) for name, seen in structure.attention.items() if name in notes}
+            full |= {name: why for name in structure.attention if (why := reasons.get(name)) and "min_width" in why}
             if not full:
                 return
-            reasons = "; ".join(sorted({str(structure.attention[name]) for name in full}))
-            text = f"{asked} has no effect on {len(full)} attention modules of {whose} ({full[0]}, …): {reasons}."
+            why = "; ".join(sorted(set(full.values())))
+            text = f"{asked} has no effect on {len(full)} attention modules of {whose} ({next(iter(full))}, …): {why}."
         warn(text)
 
     def swap(self, model: nn.Module, layers: Layers) -> None:
@@ -229,8 +233,11 @@ def _patterns(filter: Filter | None) -> list[str]:
     return [filter] if isinstance(filter, str) else list(filter)
 
 
-def _warn_of_names(what: str, filter: Filter | None, names: Sequence[str]) -> None:
-    """Of patterns that match nothing, which are misspelt."""
+def _check_names(what: str, filter: Filter | None, names: Sequence[str]) -> None:
+    """Raise TypeError for what is no filter, and warn of patterns that match nothing, which are misspelt."""
+    is_several = isinstance(filter, Collection) and all(isinstance(each, str) for each in filter)
+    if not (filter is None or callable(filter) or is_several):
+        raise TypeError(f"{what} must be a pattern, several, or a function of (module, name), got {filter!r}.")
     for pattern in _patterns(filter):
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             like = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)

@@ -24,6 +24,7 @@ from prac.memory.predict import OptimizerFactory, adamw, predict, recomputes, sw
 from prac.presets import PRESETS
 from prac.runtime.running import Example, as_call, buffers_kept, in_mode, tensors_in
 from prac.runtime.text import size
+from prac.runtime.warn import warn
 
 Loss = Literal["chunked"] | None
 
@@ -189,7 +190,7 @@ def choose(step: Step, budget: int | float | str, check: bool | None = None) -> 
         check = len(devices) == 1 and devices.pop().type == "cuda"
     predicted = functools.cache(step.predicted)
     takes: dict[Rung, int] = {}
-    rungs = _rungs(predicted)
+    rungs = _rungs(step, predicted)
     for rung in rungs:
         found, real = predicted(rung), None
         takes[rung] = found.peak
@@ -206,14 +207,16 @@ def choose(step: Step, budget: int | float | str, check: bool | None = None) -> 
     found = predicted(least)
     raise ValueError(
         f"{size(limit)} is not enough: {least.name}, which takes least, would take {size(takes[least])}, "
-        f"{size(takes[least] - limit)} more. What would fit: {_instead(step, least, limit)}. Also to try:"
+        f"{size(takes[least] - limit)} more. What would fit: {_instead(step, least, limit, takes[least])}. Also to try:"
         + "".join(f"\n  - {each}" for each in _also(step, rung, found))
     )
 
 
-def _instead(step: Step, rung: Rung, limit: int) -> str:
-    """How much smaller the batch would have to be."""
-    rows, most = rows_of(step.batch), step.largest(rung, limit)
+def _instead(step: Step, rung: Rung, limit: int, takes: int) -> str:
+    """How much smaller the batch would have to be, where it ``takes`` so many bytes as it is."""
+    rows, predicted = rows_of(step.batch), step.predicted(rung).peak
+    # What a real step took beyond the prediction, others are taken to need in proportion.
+    most = min(step.largest(rung, limit * predicted // max(takes, predicted)), rows - 1)
     return f"a batch of {most} instead of {rows}" if most else f"a smaller model: not even a batch of 1 of {rows} fits"
 
 
@@ -223,7 +226,9 @@ def _also(step: Step, last: Rung, found: Breakdown) -> list[str]:
     if switch and not recomputes(step.model):
         peak = step.predicted(last, checkpoint=True).peak
         if peak < found.peak:
-            tries.append(f"checkpointing as well, before prac.compress (model.{switch}()): {size(peak)} in all")
+            tries.append(
+                f"checkpointing as well, before prac.compress (model.{switch}()): {size(peak)} in all, predicted"
+            )
     state, gradients = (found.at_peak.get(kind, 0) for kind in ("optimizer", "gradients"))
     if state:
         tries.append(f"an optimizer with less state: this one holds {size(state)}, one in 8 bits a quarter of that")
@@ -269,7 +274,7 @@ def _refuse_made_up(step: Step) -> None:
         )
 
 
-def _rungs(predicted: Callable[[Rung], Breakdown]) -> Iterator[Rung]:
+def _rungs(step: Step, predicted: Callable[[Rung], Breakdown]) -> Iterator[Rung]:
     """The ways that there are for a step: each without logits where its loss can be chunked and that saves memory.
 
     With a small vocabulary or few tokens it does not; where plain training takes most elsewhere, others may save.
@@ -278,7 +283,14 @@ def _rungs(predicted: Callable[[Rung], Breakdown]) -> Iterator[Rung]:
     yield plain
     try:
         saves = predicted(chunked).peak < predicted(plain).peak
-    except NotChunked:
+    except Exception as error:
+        # An objective of the user's that works in plain training may fail for want of logits in any way of its own.
+        if not isinstance(error, NotChunked):
+            if step.objective is None:
+                raise
+            warn(
+                f"the loss is not chunked, since the objective fails without logits ({type(error).__name__}: {error})."
+            )
         yield from (rung._replace(loss=None) for rung in others)
         return
     if saves:

@@ -89,9 +89,12 @@ class Kernel:
         if type(x) is not Tensor or torch.compiler.is_compiling():
             return self.__wrapped__(*args)
         for version in list(self._by_hand) if mode == "auto" else ():
-            if version.device == x.device.type and not version.why_not(*args):
+            if version.device == x.device.type:
                 try:
-                    return version.function(*args)
+                    if not version.why_not(*args):
+                        return version.function(*args)
+                except torch.OutOfMemoryError:  # says nothing of the kernel
+                    raise
                 except Exception as error:  # whatever a kernel may raise: the next version does the same
                     self._by_hand.remove(version)
                     warn(f"prac leaves out a kernel by hand for {self.__name__}, which failed ({_told(error)}).")

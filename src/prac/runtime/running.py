@@ -41,6 +41,8 @@ def loss_of(output: Any, objective: Callable[[Any], Tensor] | None = None) -> Te
         if not isinstance(scalar, Tensor) or scalar.dim() > 0:
             found = f"a tensor of shape {tuple(scalar.shape)}" if isinstance(scalar, Tensor) else type(scalar).__name__
             raise ValueError(f"the objective has to give a tensor with one number and no dimension, it gave {found}.")
+        if torch.is_grad_enabled() and not scalar.requires_grad:
+            raise ValueError("the objective gives a scalar that no parameter has a part in: there is nothing to train.")
         return scalar
     value = output
     if not isinstance(value, Tensor):
