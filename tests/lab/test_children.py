@@ -14,7 +14,8 @@ from prac.lab.runs import children
 CHILD = "import os, pathlib, sys, time; from prac.lab.runs import children; children.end_with_parent(); \
 pathlib.Path(sys.argv[1], str(os.getpid())).touch(); time.sleep(60)"
 PARENT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, which these may be, ignores it
 from prac.lab.runs import children
 children.command = lambda argv: [sys.executable, "-c", {child!r}, *argv]
 try:
