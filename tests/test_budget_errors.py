@@ -123,14 +123,13 @@ def test_a_batch_that_was_refused_is_not_what_would_fit(monkeypatch: pytest.Monk
     monkeypatch.setattr(
         budget, "_real_peak", lambda step, rung: int(1.1 * step.predicted(rung).peak) - plain.at_peak["optimizer"]
     )
-    limit = max(step.predicted(rung._replace(loss=None)).peak for rung in LADDER if rung.name != "chunked loss")
+    peaks = [step.predicted(rung._replace(loss=None)).peak for rung in LADDER if rung.name != "chunked loss"]
     with pytest.raises(ValueError, match="What would fit: a batch of") as error:
-        choose(step, limit // 2, check=True)
+        choose(step, max(peaks) // 2, check=True)
     rows = int(str(error.value).split("a batch of ")[1].split()[0])
     assert 0 < rows < 512
-    least = min(step.predicted(rung._replace(loss=None)).peak for rung in LADDER if rung.name != "chunked loss")
     with pytest.raises(ValueError, match="a batch of") as error:
-        choose(step, int(1.05 * least), check=True)
+        choose(step, int(1.05 * min(peaks)), check=True)
     assert 300 < int(str(error.value).split("a batch of ")[1].split()[0]) < 512
 
 

@@ -205,18 +205,19 @@ def choose(step: Step, budget: int | float | str, check: bool | None = None) -> 
             return Choice(*rung, found, limit, rejected, further, real)
     least = min(takes, key=lambda rung: takes[rung])
     found = predicted(least)
+    # What a real step took beyond the prediction, smaller batches are taken to need in proportion.
+    within = limit * found.peak // max(takes[least], found.peak)
     raise ValueError(
         f"{size(limit)} is not enough: {least.name}, which takes least, would take {size(takes[least])}, "
-        f"{size(takes[least] - limit)} more. What would fit: {_instead(step, least, limit, takes[least])}. Also to try:"
+        f"{size(takes[least] - limit)} more. What would fit: {_instead(step, least, within)}. Also to try:"
         + "".join(f"\n  - {each}" for each in _also(step, rung, found))
     )
 
 
-def _instead(step: Step, rung: Rung, limit: int, takes: int) -> str:
-    """How much smaller the batch would have to be, where it ``takes`` so many bytes as it is."""
-    rows, predicted = rows_of(step.batch), step.predicted(rung).peak
-    # What a real step took beyond the prediction, others are taken to need in proportion.
-    most = min(step.largest(rung, limit * predicted // max(takes, predicted)), rows - 1)
+def _instead(step: Step, rung: Rung, limit: int) -> str:
+    """How much smaller the batch, which was refused, would have to be for a predicted peak within ``limit``."""
+    rows = rows_of(step.batch)
+    most = min(step.largest(rung, limit), rows - 1)
     return f"a batch of {most} instead of {rows}" if most else f"a smaller model: not even a batch of 1 of {rows} fits"
 
 
@@ -226,9 +227,7 @@ def _also(step: Step, last: Rung, found: Breakdown) -> list[str]:
     if switch and not recomputes(step.model):
         peak = step.predicted(last, checkpoint=True).peak
         if peak < found.peak:
-            tries.append(
-                f"checkpointing as well, before prac.compress (model.{switch}()): {size(peak)} in all, predicted"
-            )
+            tries.append(f"checkpointing as well, before prac.compress (model.{switch}()): {size(peak)}, predicted")
     state, gradients = (found.at_peak.get(kind, 0) for kind in ("optimizer", "gradients"))
     if state:
         tries.append(f"an optimizer with less state: this one holds {size(state)}, one in 8 bits a quarter of that")
