@@ -124,7 +124,7 @@ def losses(arguments: argparse.Namespace) -> tuple[dict[tuple[str, str, int], fl
     how = {"steps": arguments.steps, "batch_size": arguments.batch_size, "eval_every": 0, "save_every": 0}
     plain = {seed: options("plain", seed, **how) for seed in arguments.seeds}
     recipe = models.recipe("llama-tiny")
-    interval = {"T1": recipe.interval, "T2": recipe.interval, "growth": recipe.growth}
+    interval = {"T1": recipe.interval, "T2": recipe.interval}
 
     os.environ["OMP_NUM_THREADS"] = "1"
     train.prepare(next(iter(plain.values())))

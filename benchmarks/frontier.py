@@ -44,7 +44,7 @@ LEAN = PRESETS["lean"]
 
 def settings() -> dict[str, Config | None]:
     """Every point of the map, by name."""
-    found: dict[str, Config | None] = {"plain": None, "paper": PRESETS["paper"].replace(growth=0.1, T1=50, T2=50)}
+    found: dict[str, Config | None] = {"plain": None, "paper": PRESETS["paper"]}
     for bits in FULL_BITS:
         found[f"full rank, {bits} bits"] = LEAN.replace(group=Bits(bits))
     for bits in FULL_BITS[1:]:

@@ -25,6 +25,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     """One point a row of the model that was measured without logits."""
     figure = Figure(figsize=(7.2, 3.8), layout="constrained")
     axes = figure.subplots()
+    rows = [r for r in rows if r["device"] == rows[0]["device"]]  # times of another are not to be compared
     shown = [r for r in rows if r["setting"]["model"] == MODEL and "ms" in r and not r["setting"]["logits"]]
     for row in shown:
         method, point = row["setting"]["method"], (row["ms"], row["peak_gib"])

@@ -17,7 +17,8 @@ from prac.lab.report import plots, results
 HERE = Path(__file__).parent
 # The script that draws each of them.
 PLOTS = {
-    "adaptive": "adaptive", "frontier": "frontier", "gpu/models": "gpu_figure", "paper/table1": "table1",
+    "adaptive": "adaptive", "frontier": "frontier", "gpu/models": "gpu_figure", "gpu/stall": "stall_figure",
+    "paper/table1": "table1",
     "paper/table2": "table2", "paper/table4": "table4", "paper/tables3_6": "tables3_6",
 }  # fmt: skip
 

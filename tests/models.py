@@ -158,7 +158,8 @@ def build(family: str, seed: int = 0) -> nn.Module:
     return model.train()
 
 
-PAPER = prac.PRESETS["paper"].replace(min_width=8)
+# Everything of every kind at a rank of its own width: what most tests of layers and loops are about.
+PAPER = prac.PRESETS["paper-product"].replace(min_width=8, last_norm=True, growth=0.0)
 BATCH = {"input_ids": IDS, "labels": IDS}
 
 

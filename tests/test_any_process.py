@@ -71,7 +71,7 @@ def test_threads_that_bring_the_first_batch_together() -> None:
 
 
 def test_resuming_before_the_first_batch() -> None:
-    config = prac.PRESETS["paper"].replace(min_width=8)
+    config = prac.PRESETS["paper"].replace(min_width=8, growth=0.0)
 
     def made() -> tuple[nn.Module, prac.Handle]:
         torch.manual_seed(0)

@@ -7,13 +7,18 @@ import json
 import pytest
 
 from prac import PRESETS, Config, Rank
+from prac.lab.methods.keeps import parse_keep
 from prac.presets import as_config
 
 
 @pytest.mark.parametrize(
     ("rank", "width", "expected"),
     [
-        (Rank(0.3, 0.3), 768, (230, 230)),
+        (Rank(0.3, 0.3), 768, (230, 234)),  # 464 is a multiple of 8
+        (Rank(0.6, 0.0), 768, (464, 0)),
+        (Rank(0.3, 0.3), 200, (60, 60)),  # below 128 in all
+        (Rank(0.5, 0.5), 133, (66, 67)),  # no more than there are
+        (Rank(230, 230), 768, (230, 230)),
         (Rank(0.29, 0.0), 100, (29, 0)),
         (Rank(2, 2), 768, (2, 2)),
         (Rank(1.0, 0.0), 7, (7, 0)),
@@ -25,9 +30,38 @@ def test_resolve(rank: Rank, width: int, expected: tuple[int, int]) -> None:
     assert rank.resolve(width) == expected
 
 
+def test_a_rank_of_the_hidden_size() -> None:
+    """Of the width that the linear layer before reads; of its own where none did."""
+    rank = Rank(0.2, 0.2, of="hidden")
+    assert rank.resolve(3072, hidden=768) == (153, 159)
+    assert rank.resolve(3072) == (614, 618)
+    assert Rank(0.2, 0.2).resolve(3072, hidden=768) == (614, 618)
+
+
+@pytest.mark.parametrize("text", ["0.2,0.2/hidden", "0.3,0.0,0.5/hidden@8bits", "64,0.2@4bits", "0.3,0.3", "8bits"])
+def test_text_and_back(text: str) -> None:
+    assert str(parse_keep(text)) == text
+
+
+def test_text_that_is_none_of_these() -> None:
+    with pytest.raises(ValueError, match='of must be "width" or "hidden"'):
+        parse_keep("0.2,0.2/hiden")
+    with pytest.raises(ValueError, match="is not R1,R2"):
+        parse_keep("0.2/hidden")
+
+
+def test_what_is_kept_in_bits_besides() -> None:
+    for name, bits in (("paper-8bits", 8), ("paper-4bits", 4)):
+        config = PRESETS[name]
+        for kind in ("linear", "norm", "activation"):
+            keep, plain = getattr(config, kind), getattr(PRESETS["paper"], kind)
+            assert (keep.bits.bits, keep.r1, keep.r2, keep.of) == (bits, plain.r1, plain.r2, plain.of)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "word"),
     [
+        (dict(of="depth"), 'of must be "width" or "hidden"'),
         (dict(r1=0, r2=0), "rank 0"),
         (dict(r1=-1), "not be negative|not negative"),
         (dict(r1=1.5), "fraction of the width"),

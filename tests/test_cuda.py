@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 def on_gpu(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.cuda() for name, tensor in batch.items()}
+
+
+def on_the_gpu(model: Any) -> Any:
+    """A model of that shape in bfloat16, drawn there: a billion numbers take the CPU longer than the test."""
+    with torch.device("cuda"):
+        return type(model)(model.config).to(torch.bfloat16)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -148,7 +155,7 @@ def test_predicted_peaks(size: str, method: str) -> None:
     loss = "chunked" if method == "lean" else "plain"
     predicted = footprint.one(setting, method, loss, "adamw")
     model, _ = footprint.materials(setting)
-    model = type(model)(model.config).to("cuda", torch.bfloat16).train()
+    model = on_the_gpu(model).train()
     model.config.use_cache = False
     if method == "checkpoint":
         checkpoint_blocks(model)
@@ -165,11 +172,48 @@ def test_fit_tries_what_it_predicts() -> None:
 
     setting = footprint.Setting("llama-130m", 32, 256, "bf16")
     model, _ = footprint.materials(setting)
-    model = type(model)(model.config).to("cuda", torch.bfloat16)
+    model = on_the_gpu(model)
     ids = torch.randint(0, 32_000, (32, 256), device="cuda")
     found = choose(Step(model, {"input_ids": ids, "labels": ids}), "5GiB")
     assert found.real is not None
     assert found.real <= 5 * 2**30
+
+
+def test_refreshing_waits_for_nobody() -> None:
+    """From the second refresh on the host waits no more; a bad batch leaves the old subspace, heard of later."""
+    from helpers import Steps
+
+    from prac.estimators.subspace import Subspace
+
+    clock = Steps()
+    subspace = Subspace(prac.Rank(0.3, 0.3), clock, T1=1, T2=1, name="layer")
+    generator = torch.Generator("cuda").manual_seed(0)
+    x_MN = torch.randn(512, 200, device="cuda", generator=generator)
+    x_MN[:, :20] *= 10
+    subspace.keep(x_MN)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        clock.step = 1
+        kept = subspace.keep(x_MN + 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert subspace.refreshes == 2
+    p_NR = subspace._basis(x_MN.device, x_MN.dtype)
+    q1_NR = p_NR[:, : subspace.r1].double()
+    assert (q1_NR.mT @ q1_NR - torch.eye(subspace.r1, device="cuda")).abs().max() < 1e-5
+    assert (q1_NR.mT @ p_NR[:, subspace.r1 :].double()).abs().max() < 1e-4
+    best = torch.linalg.svdvals((x_MN + 1).double())[: subspace.r1].square().sum()
+    assert ((x_MN + 1).double() @ q1_NR).square().sum() > 0.995 * best
+    assert kept.reconstruct().shape == x_MN.shape
+
+    clock.step = 2
+    subspace.keep(torch.where(x_MN > 30, torch.inf, x_MN))
+    torch.cuda.synchronize()
+    assert torch.equal(subspace._basis(x_MN.device, x_MN.dtype), p_NR)
+    clock.step = 3
+    with pytest.warns(UserWarning, match="layer: refresh at step 2 skipped"):
+        subspace.keep(x_MN)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -16,8 +16,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 FOLDER, RESULTS = ROOT / "benchmarks" / "gpu", ROOT / "benchmarks" / "results" / "gpu"
-OURS = ("block", "loss", "models", "rows", "run", "shapes", "show", "suite")
-STAGES = ("tests", "block", "block4096", "models", "loss")
+OURS = ("block", "loss", "models", "pretraining", "rows", "run", "shapes", "show", "stall", "suite", "training")
+STAGES = ("tests", "block", "block4096", "models", "loss", "rates", "pretraining", "stall")
 
 
 @pytest.fixture
@@ -81,6 +81,8 @@ def test_every_stage_at_toy_size(run: Any, tmp_path: Path, capfd: Any) -> None:
     check_block(folder, "block4096")
     check_models(folder)
     check_losses(folder)
+    check_pretraining(folder)
+    check_stall(folder)
 
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
     capfd.readouterr()
@@ -115,12 +117,40 @@ def check_models(folder: Path) -> None:
 
 def check_losses(folder: Path) -> None:
     found = rows(folder, "loss")
-    assert list(found) == ["plain 0", "lean 0", "small 0", "paper+growth 0"]
+    assert list(found) == ["plain 0", "lean 0", "small 0", "paper 0"]
     for row in found.values():
         (at, early), (end, late) = row["validation"]
         assert (at, end) == (10, 20) and late < early < 6
         assert abs(late - found["plain 0"]["validation"][1][1]) < 0.05
     assert len({row["validation"][1][1] for row in found.values()}) == 4, "each method trained in its own way"
+
+
+def check_pretraining(folder: Path) -> None:
+    found = rows(folder, "pretraining")
+    assert [name.removesuffix(" 0") for name in found][:4] == ["plain", "paper", "paper-as-printed", "lean"]
+    assert {"pac 0", "rac 0", "rso 0", "galore 0"} <= set(found)
+    for name, row in found.items():
+        (_, early), (_, late) = row["validation"]
+        assert late < early < 6, name
+        keeps_subspaces = name.startswith(("p", "rac", "rso")) and name != "plain 0"
+        assert (row.get("refreshes", 0) > 0) == keeps_subspaces and (row.get("refresh_s", 0) > 0) == keeps_subspaces
+    assert found["paper 0"]["refreshes"] > found["paper-as-printed 0"]["refreshes"]
+    assert {name.partition(" ")[0] for name in rows(folder, "rates")} == {name.partition(" ")[0] for name in found}
+
+
+def check_stall(folder: Path) -> None:
+    found = rows(folder, "stall")
+    assert {"plain 0", "as printed 0", "paper 0"} <= set(found)
+    configs = [json.dumps(row["setting"]["config"]) for row in found.values()]
+    assert len(set(configs)) >= len(configs) - 3, "all but those that change the code are configs of their own"
+    for name, row in found.items():
+        first, last = row["norms"]
+        assert len(first) == len(last) == 5, name  # two of each of two blocks, and the last
+        assert all(rms > 0 for rms, _ in last.values())
+        missed = [share for _, share in last.values() if share is not None]
+        without = name in ("plain 0", "lean 0", "loract 0") or ("alone" in name and "norms" not in name)
+        assert bool(missed) != without, name
+        assert all(0 <= share < 1 for share in missed)
 
 
 # --- one by one --------------------------------------------------------------------------------------
@@ -332,7 +362,7 @@ def test_help_needs_nothing_at_all(tmp_path: Path) -> None:
 def test_committed_results(load: Any) -> None:
     outcomes = load("rows").OUTCOMES
     files = sorted(RESULTS.glob("*.json"))
-    assert {path.stem for path in files} >= {"block", "block4096", "models", "loss"}
+    assert {path.stem for path in files} >= {"block", "block4096", "models", "loss", "pretraining", "stall"}
     for path in files:
         assert path.stem in STAGES
         for row in json.loads(path.read_text())["rows"]:
@@ -342,13 +372,13 @@ def test_committed_results(load: Any) -> None:
 
 def test_committed_rows_are_those_that_would_be_measured(load: Any) -> None:
     """The same words for the same things, and no row that another one hides."""
-    for stage in STAGES[1:]:
+    for stage in (stage for stage in STAGES[1:] if (RESULTS / f"{stage}.json").exists()):
         jobs = load("run").planned(load("run").parser().parse_args(["--stage", stage]))[stage]
         settings = [json.dumps(job.setting, sort_keys=True) for job in jobs]
         assert len(set(settings)) == len(jobs)
         committed = json.loads((RESULTS / f"{stage}.json").read_text())["rows"]
         assert {tuple(sorted(row["setting"])) for row in committed} == {tuple(sorted(jobs[0].setting))}
-        if stage != "loss":  # its text was another
+        if load("run").STAGES[stage] in ("block", "models"):  # what is trained has another text there
             there = {json.dumps(row["setting"], sort_keys=True) for row in committed}
             assert len(there & set(settings)) >= 8
 

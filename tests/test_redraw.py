@@ -12,8 +12,8 @@ from prac.lab.report import plots, results
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 PLOTS = {
-    "adaptive": "adaptive", "frontier": "frontier", "gpu/models": "gpu_figure", "paper/table1": "table1",
-    "paper/table2": "table2", "paper/table4": "table4", "paper/tables3_6": "tables3_6",
+    "adaptive": "adaptive", "frontier": "frontier", "gpu/models": "gpu_figure", "gpu/stall": "stall_figure",
+    "paper/table1": "table1", "paper/table2": "table2", "paper/table4": "table4", "paper/tables3_6": "tables3_6",
 }  # fmt: skip
 
 

@@ -54,7 +54,8 @@ def test_table_6_prac(fractions: tuple[float, float]) -> None:
     x = torch.zeros(B, S, N)
     prac.compress(block, prac.Config(linear=rank, norm=rank, activation=rank), example=(x,))
     kept = kept_by(block)
-    r_n, r_m = (sum(math.floor(f * width + 1e-9) for f in fractions) for width in (N, M))
+    r_n, r_m = (sum(rank.resolve(width)) for width in (N, M))
+    assert all(0 <= r - sum(math.floor(f * n + 1e-9) for f in fractions) < 8 for r, n in ((r_n, N), (r_m, M)))
     tokens = B * S * FLOAT
     assert kept["ln_1"] == tokens * r_n  # X = LayerNorm(X̂)
     assert kept["attn.c_attn"] == tokens * r_n  # q, k, v
@@ -133,7 +134,8 @@ def of_a_block(config: prac.Config | None) -> int:
 def test_appendix_b_in_a_whole_model_as_predicted(fractions: tuple[float, float]) -> None:
     """Table 6 summed up, per token: norms, q/k/v and up take n each, GELU and down m; with PRAC their ranks."""
     rank = prac.Rank(*fractions)
-    r_n, r_m = (sum(math.floor(f * width + 1e-9) for f in fractions) for width in (N, M))
+    r_n, r_m = (sum(rank.resolve(width)) for width in (N, M))
+    assert all(0 <= r - sum(math.floor(f * n + 1e-9) for f in fractions) < 8 for r, n in ((r_n, N), (r_m, M)))
     attention, statistics = 3 * N + N + HEADS, 2 * 2
     baseline = FLOAT * B * S * (4 * N + 2 * M + attention + statistics)
     # A_h is kept twice: the output of attention by attention itself, and compressed for W_o.
@@ -159,19 +161,33 @@ def test_section_5_2_and_its_forty_percent() -> None:
 
 
 def test_paper_preset_is_section_5_1() -> None:
-    """⌊0.3n⌋ + ⌊0.3n⌋ for linear layers, ⌊0.2n⌋ + ⌊0.2n⌋ for norms and activations, every 500 steps."""
-    paper = prac.PRESETS["paper"]
-    assert (paper.T1, paper.T2) == (500, 500)
+    """⌊0.3n⌋ + ⌊0.3n⌋ for linear layers, ⌊0.2n⌋ + ⌊0.2n⌋ for norms and activations, every 500 steps; up to eights."""
+    paper, printed = prac.PRESETS["paper"], prac.PRESETS["paper-as-printed"]
+    for config in (paper, printed):
+        assert (config.T1, config.T2) == (500, 500)
+        assert not config.product
+    assert (printed.growth, printed.last_norm, printed.renormalise) == (0.0, True, False)
     for n in (768, 1024, 2048, 3072, 5461):
-        assert paper.linear.resolve(n) == (int(3 * n / 10),) * 2
-        assert paper.norm.resolve(n) == paper.activation.resolve(n) == (int(2 * n / 10),) * 2
+        for share, (r1, r2) in (
+            (3, printed.linear.resolve(n)),
+            (2, printed.norm.resolve(n)),
+            (2, printed.activation.resolve(4 * n, hidden=n)),
+        ):
+            assert r1 == share * n // 10
+            assert 0 <= r2 - r1 < 8 and (r1 + r2) % 8 == 0
+        assert paper.linear.resolve(n) == printed.linear.resolve(n)
+        assert paper.norm.resolve(n) == printed.norm.resolve(n)
+        # As many directions, all of them principal.
+        r1, r2 = paper.activation.resolve(4 * n, hidden=n)
+        assert (r1, r2) == (8 * math.ceil((4 * n // 10) / 8), 0)
     assert prac.PRESETS["finetune"].linear.resolve(768) == (2, 2)  # Table 8
     assert prac.PRESETS["finetune"].T1 == 200
 
 
 @pytest.mark.parametrize("preset", ["pac", "rac"])
 def test_ablations_have_the_papers_total_rank(preset: str) -> None:
+    """But for what is rounded, down and then up to a multiple of eight."""
     for kind in ("linear", "norm", "activation"):
         for n in (100, 256, 688):
             total = sum(prac.PRESETS[preset].keep(kind).resolve(n))
-            assert abs(total - sum(prac.PRESETS["paper"].keep(kind).resolve(n))) <= 1
+            assert abs(total - sum(prac.PRESETS["paper"].keep(kind).resolve(n))) <= 8

@@ -11,6 +11,9 @@ block      one LLaMA block of width 2048 on 32,768 tokens: time, bytes kept, pea
 block4096  one of width 4096 on 16,384 tokens in long sequences
 models     whole training steps of three LLaMAs: time, peak, held
 loss       a LLaMA-130M trained on text, two seeds
+rates      LLaMA-60M for a short while, by each method at each learning rate of the paper's grid
+pretraining  LLaMA-60M and -130M from scratch, by the paper's method and those it is compared with
+stall      a tiny LLaMA, by all ways to refresh subspaces, three seeds
 
 It needs torch and transformers; Liger-Kernel and pytest are used where they are. A stage begins no row that would not
 be over within --limit-s: call it again until no row is left. `show.py` prints the files once more.
@@ -33,7 +36,10 @@ if TYPE_CHECKING:
     from rows import Job, Row, Sheet
 
 # The stages in their order, and the file of each.
-STAGES = {"tests": "suite", "block": "block", "block4096": "block", "models": "models", "loss": "loss"}
+STAGES = {
+    "tests": "suite", "block": "block", "block4096": "block", "models": "models", "loss": "loss",
+    "rates": "pretraining", "pretraining": "pretraining", "stall": "stall",
+}  # fmt: skip
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -53,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     how = "measure rows again that are there already: all, or those that failed"
     add("--again", nargs="?", const="all", choices=["all", "failed"], help=how)
     add("--only", nargs="+", metavar="NAME", help="rows of these methods alone (default: all)")
-    how = "for the stage loss: ids of tokens, .npy or .pt (default: the bytes of Python's own sources)"
+    how = "for stages that train: ids of tokens, .npy or .pt (default: the bytes of Python's own sources)"
     add("--tokens", metavar="FILE", help=how)
     how = "run attention by torch's flash kernel rather than the one that torch prefers; these are rows of their own"
     add("--flash", action="store_true", help=how)
@@ -123,7 +129,7 @@ def names(job: Job) -> set[str]:
 def made_by(stage: str, arguments: argparse.Namespace) -> str:
     """The command that makes a row of a stage, whatever else was made in the same call."""
     options = [option for option in ("--flash", "--toy") if vars(arguments)[option[2:]]]
-    if stage == "loss" and arguments.tokens:
+    if STAGES[stage] in ("loss", "pretraining", "stall") and arguments.tokens:
         options += ["--tokens", Path(arguments.tokens).name]
     return " ".join(["python benchmarks/gpu/run.py --stage", stage, *options])
 

@@ -40,6 +40,7 @@ class Training:
     validation_every: int
     validation_sequences: int
     learning_rate: float = 1e-3
+    autocast: bool = True  # to bfloat16
 
 
 BLOCKS = {
@@ -61,6 +62,19 @@ TOY_MODELS = {
     "llama-1b-5504": (Model(64, 96, 1, 2, 2, 128), Batch(2, 32)),
     "llama-3.2-1b": (Model(64, 128, 2, 2, 1, 128, tie_word_embeddings=True), Batch(1, 64)),
 }
+
+# Pre-training by the paper's own sizes (its Table 7), each at the learning rate that a short run was best at; and
+# a model so small that every way to refresh can be tried.
+PRETRAINED = {
+    "llama-60m": (Model(512, 1376, 8, 8, 8, 32_000), Training(Batch(128, 256), 600, 50, 512)),
+    "llama-130m": (Model(768, 2048, 12, 12, 12, 32_000), Training(Batch(128, 256), 600, 50, 512)),
+}
+SHORT = Training(Batch(128, 256), 120, 120, 512)
+GRID = (0.0006, 0.0008, 0.001, 0.002, 0.004)  # of Appendix D.1
+TINY = (Model(192, 512, 4, 4, 4, 4096), Training(Batch(16, 128), 260, 26, 512, 2e-3, autocast=False))
+TOY_PRETRAINED = {"llama-60m": (Model(64, 96, 2, 2, 2, 256), Training(Batch(4, 32), 6, 3, 8))}
+TOY_SHORT = Training(Batch(4, 32), 3, 3, 8)
+TOY_TINY = (Model(64, 96, 2, 2, 2, 256), Training(Batch(4, 32), 4, 2, 8, autocast=False))
 
 # LLaMA-130M; its vocabulary is that of the text.
 TRAINED = Model(768, 2048, 12, 12, 12, 32_000)

@@ -64,6 +64,13 @@ BLOCK: dict[str, Callable[[Row], str]] = {
     "of dW": error("weight_grad_error"),
     "note": note,
 }
+LOSS: dict[str, Callable[[Row], str]] = {
+    "row": lambda row: row["name"],
+    "losses on unseen text": losses,
+    "s": number("seconds", 1),
+    "peak, GiB": number("peak_gib", 1),
+    "note": note,
+}
 COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
     "tests": {
         "row": lambda row: row["name"],
@@ -83,13 +90,10 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "loss": number("loss", 4),
         "note": note,
     },
-    "loss": {
-        "row": lambda row: row["name"],
-        "losses on unseen text": losses,
-        "s": number("seconds", 1),
-        "peak, GiB": number("peak_gib", 1),
-        "note": note,
-    },
+    "loss": LOSS,
+    "rates": LOSS,
+    "pretraining": LOSS | {"refreshes": number("refreshes", 0), "they took, s": number("refresh_s", 2)},
+    "stall": LOSS,
 }
 LEFT = {"row", "note", "losses on unseen text"}
 
@@ -103,7 +107,8 @@ def what(stage: str, row: Row) -> str:
     elif stage.startswith("block"):
         said.append(f"width {setting['hidden']}, MLP {setting['intermediate']}, {setting['tokens']:,} tokens in "
                     f"sequences of {setting['sequence_length']}, {setting['dtype']}")  # fmt: skip
-    elif stage == "loss":
+    elif "text" in setting:
+        said += [setting["model"]] if "model" in setting else []
         said.append(f"{setting['text']}, {setting['steps']} steps, validation every {setting['validation_every']}")
     return "; ".join(said)
 

@@ -3,9 +3,8 @@
     python benchmarks/paper/table2.py
 
 The paper trains LLaMA with GaLore's code, whose loss takes the logits in bfloat16 (`half`), and GPT-2 as nanoGPT does,
-under autocast. Its own numbers for LLaMA fit if the SiLU's input is compressed, but the two factors of the product
-after it are left to torch, which the paper does not say; the `paper` preset compresses them. So there are two
-predictions for the paper's method: `as published`, with the product left to torch, and the preset.
+under autocast. The `paper` preset is the policy that fits its numbers (docs/algorithm.md, "How `paper` reads the
+paper").
 
 Below, the same five models as transformers trains them (the loss takes the logits in float32), and without the logits
 (`chunked`). `table2_loss.py` has the losses.
@@ -36,7 +35,6 @@ MODELS = {
     "gpt2-124m": (64, 1024, "amp"),
     "gpt2-355m": (32, 1024, "amp"),
 }
-PRODUCT = ("*.mlp",)  # the MLP as such; its linear layers and its SiLU stay compressed
 
 
 @dataclass(frozen=True)
@@ -50,23 +48,16 @@ class Way:
     optimizer: str = "adamw"
     micro_batch: int = 0  # 0 for that of Table 2
     published: float | None = None
-    as_published: bool = False
 
     def setting(self) -> footprint.Setting:
         """As the prediction takes it."""
         batch, length, dtype = MODELS[self.model]
-        return footprint.Setting(
-            self.model, self.micro_batch or batch, length, dtype, exclude=PRODUCT if self.as_published else None
-        )
+        return footprint.Setting(self.model, self.micro_batch or batch, length, dtype)
 
 
-def published(table: str, model: str, method: str, gigabytes: float, **more: Any) -> list[Way]:
-    """The predictions for one number of the paper."""
-    loss = "half" if model.startswith("llama") else "plain"
-    ways = [Way(table, model, method, loss, published=gigabytes, **more)]
-    if method == "paper" and model.startswith("llama"):
-        ways.insert(0, Way(table, model, method, loss, published=gigabytes, as_published=True, **more))
-    return ways
+def published(table: str, model: str, method: str, gigabytes: float, **more: Any) -> Way:
+    """The prediction for one number of the paper."""
+    return Way(table, model, method, "half" if model.startswith("llama") else "plain", published=gigabytes, **more)
 
 
 # That of the 1B model ran out of memory; Figure 1 has 94.5.
@@ -78,21 +69,21 @@ PAPER = [
         ("gpt2-124m", 62.27, 62.15, 49.68),
         ("gpt2-355m", 55.94, 55.64, 44.21),
     ) for way in (
-        *published("2", model, "plain", plain),
-        *(published("2", model, "galore", galore, optimizer="galore") if galore else []),
-        *published("2", model, "paper", theirs),
+        published("2", model, "plain", plain),
+        *([published("2", model, "galore", galore, optimizer="galore")] if galore else []),
+        published("2", model, "paper", theirs),
     )),
-    *published("4", "llama-1b", "plain", 50.35, micro_batch=64),
-    *published("4", "llama-1b", "paper", 36.90, micro_batch=64),
-    *published("4", "llama-1b", "paper", 48.70, micro_batch=96),
+    published("4", "llama-1b", "plain", 50.35, micro_batch=64),
+    published("4", "llama-1b", "paper", 36.90, micro_batch=64),
+    published("4", "llama-1b", "paper", 48.70, micro_batch=96),
     *(way for optimizer, model, plain, theirs in (
         ("muon", "llama-130m", 21.04, 15.37),
         ("muon", "llama-350m", 45.26, 30.82),
         ("adam-mini", "llama-130m", 21.01, 15.36),
         ("adam-mini", "llama-350m", 45.42, 31.09),
     ) for way in (
-        *published("9", model, "plain", plain, optimizer=optimizer),
-        *published("9", model, "paper", theirs, optimizer=optimizer),
+        published("9", model, "plain", plain, optimizer=optimizer),
+        published("9", model, "paper", theirs, optimizer=optimizer),
     )),
 ]  # fmt: skip
 OURS = [
@@ -106,7 +97,6 @@ OURS = [
 ]  # fmt: skip
 TOLERANCE = 0.10
 # Why a prediction is further than that from the paper's number.
-PRESET = "the preset also compresses the factors of the MLP's product, which the published numbers seem to leave alone"
 EXPLAINED = {
     ("2", "gpt2-124m", "paper"): "the paper saves 12.6 GB here and 11.7 GB for 355M, whose layers keep a third more; "
     "no policy by layer does both, and 355M agrees",
@@ -120,8 +110,7 @@ def predicted(way: Way) -> dict[str, Any]:
     off = None if way.published is None else gigabytes / way.published - 1
     why = None
     if off is not None and abs(off) > TOLERANCE:
-        llama = way.model.startswith("llama") and way.method == "paper" and not way.as_published
-        why = PRESET if llama else EXPLAINED[way.table, way.model, way.method]
+        why = EXPLAINED[way.table, way.model, way.method]
     return asdict(way) | asdict(way.setting()) | {
         "peak_gb": gigabytes, "peak_gib": it.peak / 2**30, "activation_gib": it.activations / 2**30, "off": off,
         "why": why, "where": it.where, "at_peak": it.to_dict()["at_peak"],
@@ -136,8 +125,6 @@ def draw(found: list[dict[str, Any]]) -> Figure:
         return [next(row["peak_gb"] for row in rows if row["model"] == model) for model in MODELS]
 
     theirs = {(w.model, w.method): w.published for w in PAPER if w.table == "2" and w.published is not None}
-    # The first of a model's predictions is that of PRAC as published.
-    exact = {row["model"]: row["peak_gb"] for row in found[::-1] if row["table"] == "2" and row["method"] == "paper"}
     chunked = {"table": "", "loss": "chunked"}
     ours = {
         "plain training": ("#9ca3af", "plain"),
@@ -151,7 +138,7 @@ def draw(found: list[dict[str, Any]]) -> Figure:
             "plain, the paper": ([theirs[model, "plain"] for model in MODELS], _outlined("#9ca3af")),
             "plain, predicted": (peaks(table="2", method="plain"), {"color": "#9ca3af"}),
             "PRAC, the paper": ([theirs[model, "paper"] for model in MODELS], _outlined("#c8553d")),
-            "PRAC, predicted": ([exact[model] for model in MODELS], {"color": "#c8553d"}),
+            "PRAC, predicted": (peaks(table="2", method="paper"), {"color": "#c8553d"}),
         },
         "Without the logits, all of them: predictions": {
             label: (peaks(method=method, **chunked), {"color": colour}) for label, (colour, method) in ours.items()
@@ -196,12 +183,9 @@ def tables(found: list[dict[str, Any]]) -> list[Table]:
                 notes.append(row["why"])
             mark = f" [{notes.index(row['why']) + 1}]"
         same = plain["micro_batch"] == row["micro_batch"]
-        name = row["method"] if row["method"] != "paper" else ("as published" if row["as_published"] else "paper")
-        if name == "paper" and not row["model"].startswith("llama"):
-            name = "paper, as published"
         first.add_row(
-            row["table"], row["model"], str(row["micro_batch"]), row["optimizer"], name, f"{row['published']:.2f}",
-            f"{row['peak_gb']:.2f}", f"{row['off']:+.1%}{mark}",
+            row["table"], row["model"], str(row["micro_batch"]), row["optimizer"], row["method"],
+            f"{row['published']:.2f}", f"{row['peak_gb']:.2f}", f"{row['off']:+.1%}{mark}",
             f"{1 - row['peak_gb'] / plain['peak_gb']:.0%}" if same and row is not plain else "",
             f"{1 - row['published'] / plain['published']:.0%}" if same and row is not plain else "",
         )  # fmt: skip
@@ -223,10 +207,8 @@ def tables(found: list[dict[str, Any]]) -> list[Table]:
 
 def claims(found: list[dict[str, Any]]) -> list[Claim]:
     """That the paper's numbers are met, and that PRAC saves as much as the paper says."""
-    best = {}  # of two predictions for a number, the one as published
-    for row in found:
-        if row["published"] is not None:
-            best.setdefault(tuple(row[key] for key in ("table", "model", "method", "optimizer", "micro_batch")), row)
+    keys = ("table", "model", "method", "optimizer", "micro_batch")
+    best = {tuple(row[key] for key in keys): row for row in found if row["published"] is not None}
     missed = [row for row in best.values() if abs(row["off"]) > TOLERANCE]
     made = [Claim(f"numbers off by more than {TOLERANCE:.0%}", Gap.exact(len(missed)), 0.5, f"{{:.0f}} of {len(best)}")]
     for model in MODELS:

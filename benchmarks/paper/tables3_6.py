@@ -49,7 +49,7 @@ def operations(family: str, n: int, m: int, heads: int, tables: int) -> list[Ope
         return sum(paper.norm.resolve(width))
 
     def activation(width: int) -> int:
-        return sum(paper.activation.resolve(width))
+        return sum(paper.activation.resolve(width, hidden=n))
 
     attention = 4 * n + heads + tables
     if family == "gpt2":
@@ -70,7 +70,7 @@ def operations(family: str, n: int, m: int, heads: int, tables: int) -> list[Ope
         Operation("W_o", ("self_attn.o_proj",), n, linear(n)),
         Operation("RMSNorm 2", ("post_attention_layernorm",), n + 1, norm(n) + 1),
         Operation("W_gate, W_up", ("mlp.gate_proj", "mlp.up_proj"), n, linear(n)),
-        Operation("SiLU and product", ("mlp.act_fn", "mlp"), 3 * m, 2 * activation(m)),
+        Operation("SiLU and product", ("mlp.act_fn", "mlp"), 3 * m, activation(m) + 2 * m),
         Operation("W_down", ("mlp.down_proj",), m, linear(m)),
     ]
 

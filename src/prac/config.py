@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+EVEN, PADDED = 8, 128
 Kind = Literal["linear", "norm", "activation", "attention"]
 
 
@@ -60,9 +61,11 @@ class Rank:
         bits: how Z is kept; None in the activation's own dtype, as the paper has it.
         orthonormal: False leaves the random directions as they are drawn, Gaussian of variance 1/r2 (outside the
             principal ones): also unbiased, noisier, and what CompAct and RSO do.
+        of: what a float is a fraction of: the tensor's own ``"width"``, or the ``"hidden"`` size, which is the width
+            that the linear layer before it reads (of a GELU four times less). Where none ran before, its own.
 
     >>> Rank(0.3, 0.3).resolve(768)
-    (230, 230)
+    (230, 234)
     """
 
     r1: float | int = 0.3
@@ -70,6 +73,7 @@ class Rank:
     k: float = 1.0
     bits: Bits | None = None
     orthonormal: bool = True
+    of: Literal["width", "hidden"] = "width"
 
     def __post_init__(self) -> None:
         for name in ("r1", "r2"):
@@ -87,23 +91,38 @@ class Rank:
             raise ValueError("rank 0 keeps nothing: give r1, r2 or both a value above 0.")
         if not (math.isfinite(self.k) and self.k > 0):
             raise ValueError(f"k must be finite and positive (1.0 is unbiased), got {self.k!r}.")
+        if self.of not in ("width", "hidden"):
+            raise ValueError(f'of must be "width" or "hidden", got {self.of!r}.')
 
     def __str__(self) -> str:
         scale = "" if self.k == 1 else f",{self.k}"
-        return f"{self.r1},{self.r2}{scale}" + ("" if self.bits is None else f"@{self.bits}")
+        of = "" if self.of == "width" else f"/{self.of}"
+        return f"{self.r1},{self.r2}{scale}{of}" + ("" if self.bits is None else f"@{self.bits}")
 
-    def resolve(self, width: int, where: str = "") -> tuple[int, int]:
+    def resolve(self, width: int, where: str = "", *, hidden: int | None = None) -> tuple[int, int]:
         """The number of directions ``(r1, r2)`` for a width of ``width`` features.
+
+        Where it is given in fractions, r1 + r2 is rounded up to a multiple of :data:`EVEN` from :data:`PADDED` on:
+        matrix products of other sizes run some three times slower on GPUs. The extra directions are random ones.
+
+        Args:
+            width: n.
+            where: the layer, for messages.
+            hidden: what a fraction is of, where it is of the hidden size.
 
         Raises:
             ValueError: if nothing is left after flooring, or ``r1 + r2 > width``; the
                 message names ``where`` and says what to change.
         """
-        r1, r2 = (_count(value, width) for value in (self.r1, self.r2))
+        whole = width if self.of == "width" or hidden is None else hidden
+        r1, r2 = (_count(value, whole) for value in (self.r1, self.r2))
+        if isinstance(self.r1 + self.r2, float) and r1 + r2 >= PADDED:
+            more = max(0, min(-(r1 + r2) % EVEN, width - r1 - r2))
+            r1, r2 = (r1, r2 + more) if r2 else (r1 + more, r2)
         layer = f"{where}: " if where else ""
         if r1 + r2 == 0:
             raise ValueError(
-                f"{layer}rank ({self.r1}, {self.r2}) of a width of {width} is 0 directions. "
+                f"{layer}rank ({self.r1}, {self.r2}) of a width of {whole} is 0 directions. "
                 "Raise the rank, or exclude the layer."
             )
         if r1 + r2 > width:
@@ -153,33 +172,6 @@ class Factors:
 Keep = Rank | Bits | Factors
 
 
-def parse_keep(text: str) -> Rank | Bits | None:
-    """The inverse of ``str``: ``4bits``, ``0.3,0.3`` or ``64,64``, with a k (``0.3,0.3,1.2``) or bits (``@8bits``).
-
-    ``none`` is None. Bits have their default group.
-
-    Raises:
-        ValueError: for anything else.
-
-    >>> parse_keep("0.3,0.3@8bits") == Rank(0.3, 0.3, bits=Bits(8)), str(parse_keep("64,64,1.2"))
-    (True, '64,64,1.2')
-    """
-    if text == "none":
-        return None
-    rank, _, bits = text.partition("@") if not text.endswith("bits") or "@" in text else ("", "@", text)
-    try:
-        stored = Bits(int(bits.removesuffix("bits"))) if bits else None
-        if not rank:
-            return stored
-        numbers = [int(part) if part.strip().isdecimal() else float(part) for part in rank.split(",")]
-        if len(numbers) in (2, 3):
-            return Rank(numbers[0], numbers[1], float((*numbers, 1.0)[2]), stored)
-    except ValueError as error:
-        if not str(error).startswith(("invalid literal", "could not convert")):
-            raise
-    raise ValueError(f"{text!r} is not R1,R2 or R1,R2,K (perhaps with @8bits), nor 4bits, nor none")
-
-
 @dataclass(frozen=True)
 class Config:
     """Which tensors are kept how, and how often subspaces are refreshed.
@@ -192,6 +184,11 @@ class Config:
             that are not a group of their own.
         activation: inputs of GELU, SiLU and of the gated product ``silu(g) * u`` (both g and u).
             With Bits the output is not kept either: what reads it computes it again.
+        product: False leaves gated products alone: of ``silu(g) * u`` the input of ``silu`` is compressed, and both
+            factors stay in full.
+        last_norm: False leaves the norm that runs last in full, through which every gradient goes.
+        renormalise: norms that keep their input at a rank scale the estimate of x̂ to the length that x̂ has, a token at
+            a time (:func:`prac.ops.rms_norm`).
         group: None has every layer keep an input of its own, as in the paper. Otherwise a norm and the
             linear layers that alone read its output (q, k, v; gate, up) keep its x̂, once for all.
         attention_bits: keep q, k, v and the output of attention in so many bits; None leaves them
@@ -200,10 +197,10 @@ class Config:
             best made of several batches (:func:`prac.convert.calibrate.calibrate`).
         T2: optimizer steps between refreshes of the random basis Q2, or None. Q2 is also redrawn
             whenever Q1 changes, or it would no longer be orthogonal to it.
-        growth: if above 0, no interval is longer than this share of the steps taken before it:
-            0.1 refreshes at steps 0 to 11, then 12, 13, 14, …, 30, 33, 36, …, until T1 and T2
-            are reached. Early in training activations turn quickly, and a stale basis for a
-            norm does harm (see ``docs/algorithm.md``). The paper has 0: fixed intervals.
+        growth: if above 0, no interval of a norm or an activation is longer than this share of the steps before it: 0.1
+            refreshes at steps 0 to 11, then 12, 13, 14, …, 30, 33, 36, …, until T1 and T2 are reached. Early in
+            training activations turn quickly, and a stale basis does harm there (``docs/algorithm.md``); to linear
+            layers it does none. 0 for fixed intervals.
         factored: leave the weight gradients of linear layers that keep a rank or factors in two factors, through
             accumulation and clipping into the optimizer (:class:`prac.optim.FactoredGradient`). Not together with
             ``group``.
@@ -221,6 +218,9 @@ class Config:
     activation: Keep | None = Rank(0.2, 0.2)
     group: Keep | None = None
     attention_bits: int | None = None
+    product: bool = True
+    last_norm: bool = True
+    renormalise: bool = False
     T1: int | None = 500
     T2: int | None = 500
     growth: float = 0.0

@@ -2,7 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from prac.config import Bits, Config, Factors, Rank
+
+# r1 = r2 = 0.3n for linear layers, 0.2n for norms and activations, n being "the hidden dimension" (Section 6.1).
+HIDDEN = Rank(0.2, 0.2, of="hidden")
+PAPER = Config(
+    linear=Rank(0.3, 0.3),
+    norm=Rank(0.2, 0.2),
+    activation=Rank(0.4, 0.0, of="hidden"),
+    product=False,
+    last_norm=False,
+    renormalise=True,
+    growth=0.1,
+)
+
+
+def in_bits(config: Config, bits: Bits) -> Config:
+    """The same ranks with Z in few bits, where ``config`` has ranks."""
+    kinds = {kind: getattr(config, kind) for kind in ("linear", "norm", "activation", "group")}
+    return config.replace(
+        **{kind: dataclasses.replace(keep, bits=bits) for kind, keep in kinds.items() if isinstance(keep, Rank)}
+    )
+
 
 PRESETS: dict[str, Config] = {
     # No loss that we could measure (docs/results.md), at plain training's speed within some 7%. 4 bits for what enters
@@ -13,11 +36,19 @@ PRESETS: dict[str, Config] = {
     "fast": Config(linear=Bits(8), norm=Bits(8), activation=Bits(8), group=Rank(0.1, 0.1, bits=Bits(8)), growth=0.1),
     # The fewest bytes that still train like plain: everything in 4 bits, attention too.
     "small": Config(linear=Bits(4), norm=Bits(4), activation=Bits(4), group=Bits(4), attention_bits=4),
-    # Section 5.1: r1 = r2 = 0.3n for linear layers, 0.2n for norms and activations.
-    "paper": Config(),
-    # The two limits of Table 1 and Figure 5, at the same total rank as "paper".
-    "pac": Config(linear=Rank(0.6, 0.0), norm=Rank(0.4, 0.0), activation=Rank(0.4, 0.0)),
-    "rac": Config(linear=Rank(0.0, 0.6), norm=Rank(0.0, 0.4), activation=Rank(0.0, 0.4)),
+    # Section 5.1 as its tables have it, and so that it trains from the first step on (docs/algorithm.md, "How `paper`
+    # reads the paper").
+    "paper": PAPER,
+    # The two limits of Table 1 and Figure 5, at the same total rank.
+    "pac": PAPER.replace(linear=Rank(0.6, 0.0), norm=Rank(0.4, 0.0)),
+    "rac": PAPER.replace(linear=Rank(0.0, 0.6), norm=Rank(0.0, 0.4), activation=Rank(0.0, 0.4, of="hidden")),
+    # The same memory by the letter: every norm, fixed intervals. It stands still until its first refreshes.
+    "paper-as-printed": Config(activation=HIDDEN, product=False),
+    # Both factors of a gated product too, as Section 5.1 suggests and Table 2 does not bear out.
+    "paper-product": PAPER.replace(activation=Rank(0.2, 0.2), product=True),
+    # What is projected in few bits besides.
+    "paper-8bits": in_bits(PAPER, Bits(8)),
+    "paper-4bits": in_bits(PAPER, Bits(4)),
     # Table 8: r1 = r2 = 2 (Section 6.2), interval 200. The paper does not say which
     # layers; its 38% less activation memory (Table 5) is what the linear inputs alone
     # give (7 of RoBERTa's 18 units), and at rank 2 + 2 the tail of a norm or a GELU would

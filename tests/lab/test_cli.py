@@ -93,19 +93,20 @@ def parse(*argv):
 def test_every_knob_reaches_the_config():
     arguments = parse(
         "--linear", "64,0.2,1.5", "--norm", "none", "--T1", "7", "--T2", "9",
-        "--growth", "0.25", "--config-seed", "5", "--min-width", "99",
+        "--growth", "0.25", "--config-seed", "5", "--min-width", "99", "--product", "--last-norm", "--no-renormalise",
+        "--activation", "0.2,0.1/hidden",
     )  # fmt: skip
     config = command.options_of(arguments, "paper", seed=3).config
     assert config == PRESETS["paper"].replace(
-        linear=Rank(64, 0.2, 1.5), norm=None, T1=7, T2=9, growth=0.25, seed=5, min_width=99
-    )
+        linear=Rank(64, 0.2, 1.5), norm=None, activation=Rank(0.2, 0.1, of="hidden"), T1=7, T2=9, growth=0.25, seed=5,
+        min_width=99, product=True, last_norm=True, renormalise=False,
+    )  # fmt: skip
     assert command.options_of(arguments, "plain", seed=3).config is None
 
 
 def test_defaults_are_those_of_the_method_and_the_model():
     config = options("rac", seed=3).config
-    tiny = models.SIZES["llama-tiny"].recipe
-    assert config == PRESETS["rac"].replace(T1=tiny.interval, T2=tiny.interval, growth=tiny.growth, seed=3)
+    assert config == PRESETS["rac"].replace(seed=3)
     large = options("paper", model="llama-130m")
     assert (large.steps, large.batch_size, large.grad_accum, large.seq_len) == (20_000, 128, 4, 256)
     assert (large.warmup_steps, large.config.T1, large.tokenizer) == (2_000, 500, "bpe:4096")

@@ -18,7 +18,18 @@ from prac.convert.plan import Plan
 from prac.convert.probe import Structure
 from prac.estimators.base import Estimator
 from prac.estimators.clock import Clock
-from prac.layers import ElementWise, Match, Source, attention, layers_of, overrides_forward, recognise, swap, unswap
+from prac.layers import (
+    MLP,
+    ElementWise,
+    Match,
+    Source,
+    attention,
+    layers_of,
+    overrides_forward,
+    recognise,
+    swap,
+    unswap,
+)
 from prac.layers.record import Shared
 from prac.runtime.fake import is_fake
 from prac.runtime.warn import warn
@@ -99,11 +110,14 @@ class Conversion:
             elif config.attention_bits is not None:
                 notes[name] = f"attention in full: {seen}"
         heads = known.heads | _output_embeddings(model, modules)
-        reasons |= {n: self._why_not(n, m, modules, known, heads) for n, m in matches.items()}
+        # What was read first comes first.
+        norms = [name for name in known.reads if name in matches and matches[name].layer.kind == "norm"]
+        last = None if config.last_norm or not norms else norms[-1]
+        reasons |= {n: self._why_not(n, m, modules, known, heads, last) for n, m in matches.items()}
         if structure is not None:
             self._warn_of_attention(model, structure, notes, reasons)
         chosen = {name: match for name, match in matches.items() if reasons[name] is None}
-        plan = Plan(config, chosen, known)
+        plan = Plan(config, chosen, known, [name for name, match in matches.items() if match.shareable])
         reasons |= plan.left_to_others
         chosen = {name: match for name, match in chosen.items() if reasons[name] is None}
         if not chosen:
@@ -119,7 +133,13 @@ class Conversion:
         return layers
 
     def _why_not(
-        self, name: str, match: Match, modules: dict[str, nn.Module], known: Structure, heads: set[str]
+        self,
+        name: str,
+        match: Match,
+        modules: dict[str, nn.Module],
+        known: Structure,
+        heads: set[str],
+        last_norm: str | None,
     ) -> str | None:
         """The reason to leave a layer alone although it could be compressed."""
         config, module, kind = self.config, modules[name], match.layer.kind
@@ -142,6 +162,10 @@ class Conversion:
         by_kind = config.keep(kind) is None and not (config.group is not None and kind != "activation")
         if by_kind and name not in config.layers:
             return f"the config leaves {kind} layers alone"
+        if not config.product and match.layer is MLP and match.facts.roles.gated:
+            return "the config leaves gated products alone: both factors stay in full"
+        if name == last_norm and name not in config.layers:
+            return "the norm that runs last stays in full, as the config has it"
         if isinstance(parent, nn.MultiheadAttention):
             return "nn.MultiheadAttention uses its weights without calling it"
         if width is not None and width < config.min_width:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Collection
 from typing import Any
 
 from prac.config import Bits, Config, Factors, Keep, Rank
@@ -27,13 +29,22 @@ class Plan:
     a norm's x̂ serves the linear layers behind it, g and u (or the input of a GELU) serve the projection that
     reads what is computed from them, and what attention keeps serves the projection of its output.
     Without, every layer keeps its own input, and only linear layers share.
+
+    Args:
+        config: the policy.
+        chosen: the modules to compress, by name.
+        structure: what is known of the model.
+        linears: all linear layers, chosen or not.
     """
 
-    def __init__(self, config: Config, chosen: dict[str, Match], structure: Structure) -> None:
+    def __init__(
+        self, config: Config, chosen: dict[str, Match], structure: Structure, linears: Collection[str]
+    ) -> None:
         self.config, self.structure = config, structure
         self.left_to_others: dict[str, str] = {}
         together = config.group is not None
         self._matches = dict(chosen)
+        self._linears = set(linears)
         self._readers = {
             norm: [name for name in structure.readers(norm) if name in chosen and chosen[name].shareable]
             for norm, match in chosen.items()
@@ -156,7 +167,7 @@ class Plan:
                 continue
             # What is followed by a nonlinearity: the inputs of activations, and q and k of attention.
             nonlinear = match.layer.kind == "activation" or tensor in ("q", "k")
-            estimator = self._estimator(self._keep(name), not nonlinear, width, full_name, clock)
+            estimator = self._estimator(self._keep(name), name, not nonlinear, width, full_name, clock)
             shared = match.shareable and name in self.structure.reads
             estimators[tensor] = (
                 self._leaders.setdefault(self.structure.reads[name], estimator) if shared else estimator
@@ -170,7 +181,9 @@ class Plan:
             estimators["y"] = Stored(bits, clock, unbiased=True, name=f"{name}:y", seed=self.config.seed)
         return match, estimators
 
-    def _estimator(self, keep: Keep | None, linear: bool, width: int | None, name: str, clock: Clock) -> Estimator:
+    def _estimator(
+        self, keep: Keep | None, layer: str, linear: bool, width: int | None, name: str, clock: Clock
+    ) -> Estimator:
         config = self.config
         if isinstance(keep, Bits):
             return Stored(keep, clock, unbiased=linear, name=name, seed=config.seed, width=width)
@@ -178,4 +191,20 @@ class Plan:
         own: dict[str, Any] = {"width": width, "name": name, "seed": config.seed, "factored": config.factored}
         if isinstance(keep, Factors):
             return Decomposed(keep, clock, **own)
-        return Subspace(keep, clock, T1=config.T1, T2=config.T2, growth=config.growth, **own)
+        growth = 0.0 if self._matches[layer].layer.kind == "linear" else config.growth
+        found = Subspace(keep, clock, T1=config.T1, T2=config.T2, growth=growth, hidden=self._hidden(layer), **own)
+        found.renormalise = config.renormalise
+        return found
+
+    def _hidden(self, name: str) -> int | None:
+        """The width that the linear layer before ``name`` reads; of an MLP its own input's.
+
+        Of several in a row beside it the widest is meant: an adapter's second factor runs last, on what is narrow.
+        """
+        reads, width = self.structure.reads, self.structure.width
+        if name not in reads or self._matches[name].layer is MLP:
+            return width.get(name)
+        before = list(reads)[: list(reads).index(name)]
+        beside = f"{name.rpartition('.')[0]}.".removeprefix(".")
+        row = itertools.takewhile(lambda n: n in self._linears and n.startswith(beside), reversed(before))
+        return max((width[n] for n in row if n in width), default=None)

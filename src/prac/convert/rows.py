@@ -93,7 +93,8 @@ class _Rows:
     def compressed(self, name: str, layer: Compressed) -> Row:
         record = layer._prac
         weight = _weight(layer)
-        dtype = record.reads or (next(self.model.parameters()) if weight is None else weight).dtype
+        of = next(self.model.parameters(), None) if weight is None else weight
+        dtype = record.reads or (torch.get_default_dtype() if of is None else of.dtype)
         row: dict[str, Any] = {"name": name, "module": record.original.__name__, "what": layer.kind}
         if self.model.training and not layer.training:
             return Row(**row, rank="", before=None, after=None, note="in eval mode, where everything stays in full")

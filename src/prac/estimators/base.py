@@ -83,6 +83,7 @@ class Estimator:
         kept_in: the dtype in which it took what it kept last.
         observer: called with each tensor that is kept and what is kept of it; nothing is refreshed meanwhile.
         refreshes: how often it made a basis anew.
+        renormalise: whether a norm that keeps its input by it scales x̂ to its exact length.
 
     Args:
         clock: counts the optimizer steps.
@@ -100,7 +101,7 @@ class Estimator:
         self.width: int | None = None
         self.kept_in: torch.dtype | None = None
         self.observer: Callable[[Tensor, Kept], None] | None = None
-        self.refreshes = 0
+        self.refreshes, self.renormalise = 0, False
         self.draws = (0, 0)  # the step, and how often it drew in it
         self._last: _Last | None = None
 

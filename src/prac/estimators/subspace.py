@@ -20,43 +20,27 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from prac.config import Rank
-from prac.estimators.base import Estimator, Form, Kept
+from prac.estimators.base import Estimator, Kept
 from prac.estimators.bases import gram_matrix, principal_basis, projection
 from prac.estimators.clock import Clock
-from prac.estimators.codes import Tensors, bytes_per_token
+from prac.estimators.codes import bytes_per_token
+from prac.estimators.projected import Projected
 from prac.estimators.rounded import Stored
-from prac.optim.factored import FactoredGradient
 from prac.runtime.autocast import without_autocast
 from prac.runtime.fake import is_fake
+from prac.runtime.later import Later
 from prac.runtime.warn import warn
 
-
-@dataclass(frozen=True, eq=False)
-class Projected(Form):
-    """The form of Z = X P, itself kept as ``z`` says."""
-
-    p_NR: Tensor
-    z: Form
-    factored: bool = False
-
-    def reconstruct(self, tensors: Tensors) -> Tensor:
-        """The estimate X̃ = Z Pᵀ, (M, n): equation (7)."""
-        return self.z.reconstruct(tensors) @ self.p_NR.mT
-
-    def weight_grad(self, dy_MO: Tensor, tensors: Tensors) -> Tensor:
-        """The estimate dW = dYᵀ X̃ = (dYᵀ Z) Pᵀ, (O, n): two thin products, or the first of them; X̃ is never built."""
-        p_NR = self.p_NR.to(dy_MO.dtype)
-        coefficients_OR = self.z.weight_grad(dy_MO, tensors)
-        if self.factored:
-            return FactoredGradient(coefficients_OR, p_NR, subspace=self.p_NR)
-        return coefficients_OR @ p_NR.mT
+LATELY = 0.2  # of the steps so far: a basis that has served longer is of little help for the next
+_NOT_FINITE = (
+    "the activations hold NaN or Inf, or overflow when squared; check the data, the learning rate and the loss scale"
+)
 
 
 class Subspace(Estimator):
@@ -73,6 +57,7 @@ class Subspace(Estimator):
             orthogonal to the new Q1, and the estimate would be biased.
             None for either keeps the basis.
         growth: if above 0, no interval is longer than this share of the steps before it.
+        hidden: the hidden size, which a rank may be a fraction of; None where it is not known.
         factored: leave weight gradients in factors.
         name, seed: as for :class:`prac.estimators.base.Estimator`; each draw of Q2 has its own seed.
 
@@ -89,6 +74,7 @@ class Subspace(Estimator):
         T1: int | None = 500,
         T2: int | None = 500,
         growth: float = 0.0,
+        hidden: int | None = None,
         factored: bool = False,
         name: str = "",
         seed: int = 0,
@@ -97,11 +83,13 @@ class Subspace(Estimator):
             raise ValueError(f"{name}: refresh intervals must be at least 1, got T1 = {T1}, T2 = {T2}.")
         super().__init__(clock, name=name, seed=seed)
         self.rank, self.T1, self.T2, self.growth, self.factored = rank, T1, T2, growth, factored
+        self.hidden = hidden
         self.storage = Stored(rank.bits, clock, unbiased=True, name=f"{name}/Z", seed=seed)
         self.p_NR: Tensor | None = None
         # The optimizer steps at which Q1 and Q2 were last updated.
         self._q1_step = self._q2_step = -1
         self._warned = False
+        self._trials: list[tuple[int, Later]] = []  # the steps of refreshes, and whether they could be done
         if width is not None:
             self._fit(width)
 
@@ -110,7 +98,7 @@ class Subspace(Estimator):
         if self.width is not None and width != self.width:
             raise ValueError(f"{self.name}: made for a width of {self.width}, called with {width}; exclude this layer.")
         if self.width is None:
-            self.r1, self.r2 = self.rank.resolve(width, self.name)
+            self.r1, self.r2 = self.rank.resolve(width, self.name, hidden=self.hidden)
             directions = width - self.r1 if self.rank.orthonormal else 1
             self.k = self.rank.k * directions / self.r2 if self.r2 else 1.0
             self.width = width
@@ -125,13 +113,16 @@ class Subspace(Estimator):
         so that a layer which was not run at that very step, or met a bad batch or none at all
         there (an expert without tokens), catches up at its next chance.
 
+        A batch that gives no basis (NaN, Inf, too few tokens) is skipped: the old one stays, with one warning, and the
+        next batch is tried. A device decides that for itself, so that nobody waits for it; both come when it is heard.
+
         Raises:
-            ValueError: if there is no basis yet and none can be made from this batch. With a
-                basis at hand a bad batch is skipped: the old one stays, with one warning.
+            ValueError: if there is no basis yet and none can be made from this batch.
         """
         self._fit(x_MN.shape[1])
         if x_MN.shape[0] == 0:
             return
+        self._hear()
         t = self.clock.now()
         due_q1 = self.p_NR is None or t >= self._next(self._q1_step, self.T1)
         due_q2 = due_q1 or t >= self._next(self._q2_step, self.T2)
@@ -139,11 +130,48 @@ class Subspace(Estimator):
             return
         with without_autocast(x_MN.device.type):
             generator = self.generator(self.refreshes, x_MN.device)
-            q1_NR = self._principal(x_MN, generator) if due_q1 else self._q1(x_MN)
-            if q1_NR is None:
+            if not due_q1:
+                self._renew(self._q1(x_MN), generator)
+            elif not self._refresh(x_MN, generator):
                 return
-            self._renew(q1_NR, generator)
         self._q1_step, self._q2_step = (t if due_q1 else self._q1_step), t
+
+    def _refresh(self, x_MN: Tensor, generator: torch.Generator) -> bool:
+        """Both bases from this batch; whether it was tried."""
+        if self.r1 == 0:
+            self._renew(self._q1(x_MN), generator)
+            return True
+        if x_MN.shape[0] < self.r1:
+            self._skip(
+                self.clock.step,
+                f"{x_MN.shape[0]} tokens cannot span a principal basis of r1 = {self.r1} directions; "
+                "use more tokens per step, lower r1, or exclude this layer",
+            )
+            return False
+        gram_NN, before_NR = gram_matrix(x_MN), self.p_NR
+        finite = None if is_fake(gram_NN) else torch.isfinite(gram_NN).all()
+        # The host waits where it has nothing to go on with, and where there is nothing to wait for.
+        if finite is not None and (before_NR is None or finite.device.type == "cpu") and not finite:
+            self._skip(self.clock.step, _NOT_FINITE)
+            return False
+        start_NR = None if before_NR is None else self._q1(x_MN)
+        # Activations turn at a rate that falls as 1/t, so a basis is as old as the share of all steps it has served.
+        is_stale = self.clock.step - self._q1_step > max(1, LATELY * self.clock.step)
+        q1_NR = principal_basis(gram_NN, self.r1, start_NR=start_NR, is_stale=is_stale, generator=generator)
+        self._renew(q1_NR, generator)
+        if finite is not None and before_NR is not None and finite.device.type != "cpu":
+            assert self.p_NR is not None
+            self.p_NR = torch.where(finite, self.p_NR, before_NR.to(self.p_NR))
+            self._trials.append((self.clock.step, Later(finite)))
+        return True
+
+    def _hear(self) -> None:
+        """Make up for refreshes that a device skipped, as far as that is known."""
+        while self._trials and (done := self._trials[0][1].heard()) is not None:
+            step, _ = self._trials.pop(0)
+            if not done:
+                self._q1_step = self._q2_step = -1  # due again
+                self._skip(step, _NOT_FINITE)
 
     def _renew(self, q1_NR: Tensor, generator: torch.Generator) -> None:
         # A new tensor each time: a backward still under way keeps the P of its forward.
@@ -173,37 +201,19 @@ class Subspace(Estimator):
         return min(regular, last + max(1, int(self.growth * last))) if self.growth else regular
 
     def _q1(self, x_MN: Tensor) -> Tensor:
-        assert self.p_NR is not None
+        """The principal basis at hand, (n, r1), as precise as it is computed with."""
+        if self.p_NR is None:
+            dtype = torch.promote_types(x_MN.dtype, torch.float32)
+            return torch.empty(x_MN.shape[1], 0, dtype=dtype, device=x_MN.device)
         dtype = torch.promote_types(self.p_NR.dtype, torch.float32)
         return self.p_NR[:, : self.r1].to(device=x_MN.device, dtype=dtype)
 
-    def _principal(self, x_MN: Tensor, generator: torch.Generator) -> Tensor | None:
-        """The new Q1, or None where this batch cannot give one and the old one stays."""
-        if self.r1 == 0:
-            dtype = torch.promote_types(x_MN.dtype, torch.float32)
-            return torch.empty(x_MN.shape[1], 0, dtype=dtype, device=x_MN.device)
-        if x_MN.shape[0] < self.r1:
-            self._skip(
-                f"{x_MN.shape[0]} tokens cannot span a principal basis of r1 = {self.r1} directions; "
-                "use more tokens per step, lower r1, or exclude this layer"
-            )
-            return None
-        gram_NN = gram_matrix(x_MN)
-        if not is_fake(gram_NN) and not torch.isfinite(gram_NN).all():
-            self._skip(
-                "the activations hold NaN or Inf, or overflow when squared; "
-                "check the data, the learning rate and the loss scale"
-            )
-            return None
-        start_NR = None if self.p_NR is None else self._q1(x_MN)
-        return principal_basis(gram_NN, self.r1, start_NR=start_NR, generator=generator)
-
-    def _skip(self, problem: str) -> None:
+    def _skip(self, step: int, problem: str) -> None:
         if self.p_NR is None:
             raise ValueError(f"{self.name}: cannot make the first subspace: {problem}.")
         if not self._warned:
             self._warned = True
-            warn(f"{self.name}: refresh at step {self.clock.step} skipped, keeping the old subspace: {problem}.")
+            warn(f"{self.name}: refresh at step {step} skipped, keeping the old subspace: {problem}.")
 
     # --- the estimator: what ops ask -----------------------------------------------
 
@@ -271,7 +281,7 @@ class Subspace(Estimator):
     def __deepcopy__(self, memo: dict[int, Any]) -> Estimator:
         twin = super().__deepcopy__(memo)
         assert isinstance(twin, Subspace)
-        twin.storage = copy.deepcopy(self.storage, memo)
+        twin.storage, twin._trials = copy.deepcopy(self.storage, memo), []
         return twin
 
 

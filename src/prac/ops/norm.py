@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prac.estimators.base import Estimator
 from prac.ops.function import Gradients, apply, backward
+from prac.runtime.autocast import autocast_dtype
 
 
 def rms_norm(
@@ -27,6 +28,10 @@ def rms_norm(
     With ``x̂ = x̃ ρ`` and ``g = dy``:  ``dx = ρ (γ g − x̂ mean(γ g x̂))``,  ``dγ = Σ g x̂``.
     The output is exact and dγ as unbiased as x̃; dx is quadratic in x̃ and so *biased*: its
     second term has relative error of the size of x̃'s own (Section 5.1 of the paper accepts it).
+
+    x̃ is longer than x: by Theorem 7 its mean square is that of x and (k − 1) times the energy outside Q1 on top, so the
+    term takes off several times what it should. Where ``estimator.renormalise``, the x̂ of dx has the mean square that
+    the exact one has, 1 − eps ρ². Then dx is the gradient's part orthogonal to *some* direction, the estimated one.
 
     Args:
         x: (..., n).
@@ -87,7 +92,7 @@ class _Norm(torch.autograd.Function):
         x_MN = x.reshape(-1, n)
         kept, mu_M1, rho_M1 = None, None, None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            kept = estimator.keep(x)
+            kept = estimator.keep(x, _kept_in(x, estimator))
             # Statistics in float32 or wider, one pass and no copy of x.
             dtype = torch.promote_types(x.dtype, torch.float32)
             if centered:
@@ -100,7 +105,7 @@ class _Norm(torch.autograd.Function):
             weight_N if ctx.needs_input_grad[0] else None, mu_M1, rho_M1, *(kept.tensors if kept else ())
         )
         ctx.form = kept.form if kept else None
-        ctx.offset, ctx.shape = offset, x.shape
+        ctx.offset, ctx.shape, ctx.eps = offset, x.shape, eps if estimator.renormalise else None
         ctx.dtypes = (x.dtype, *(None if t is None else t.dtype for t in (weight_N, bias_N)))
         return compute(x)
 
@@ -119,6 +124,8 @@ class _Norm(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 dw_N = (g_MN * xhat_MN).sum(0).to(weight_dtype)
             if ctx.needs_input_grad[0]:
+                if ctx.eps is not None:
+                    xhat_MN = _renormalised(xhat_MN, rho_M1, ctx.eps)
                 if weight_N is not None:
                     g_MN = g_MN * (weight_N + ctx.offset if ctx.offset else weight_N)
                 dx_MN = g_MN - xhat_MN * (g_MN * xhat_MN).mean(-1, keepdim=True)
@@ -126,3 +133,16 @@ class _Norm(torch.autograd.Function):
                     dx_MN = dx_MN - g_MN.mean(-1, keepdim=True)
                 dx = (dx_MN * rho_M1).view(ctx.shape).to(x_dtype)
         return dx, dw_N, db_N, None, None, None, None, None
+
+
+def _kept_in(x: Tensor, estimator: Estimator) -> torch.dtype:
+    """Of a projection, autocast's dtype where that has the range of float32, as for other products; else that of x."""
+    dtype = x.dtype if estimator.complete else autocast_dtype(x)
+    return dtype if torch.finfo(dtype).max >= torch.finfo(torch.bfloat16).max else x.dtype
+
+
+def _renormalised(xhat_MN: Tensor, rho_M1: Tensor, eps: float) -> Tensor:
+    """x̂ with the mean square of the exact one, 1 − eps ρ², whose estimate it is."""
+    length_M1 = torch.linalg.vector_norm(xhat_MN, dim=-1, keepdim=True) / xhat_MN.shape[-1] ** 0.5
+    exact_M1 = (1 - eps * rho_M1.square()).clamp_min(0).sqrt()
+    return xhat_MN * (exact_M1 / length_M1.clamp_min(torch.finfo(xhat_MN.dtype).tiny))

@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prac.config import Config, Keep, parse_keep
+from prac.config import Config, Keep
 from prac.lab import methods
 from prac.lab.materials import models
+from prac.lab.methods.keeps import parse_keep
 from prac.lab.report import results
 from prac.lab.runs import ownership
 from prac.lab.runs.options import Options, options
@@ -22,8 +23,15 @@ KEPT = {
     "linear": "the input of each linear layer: a rank as fractions (0.3,0.3) or counts (64,64), a rank with its "
     "product in few bits (0.3,0.3@8bits), every direction in few bits (4bits), or none to leave them alone",
     "norm": "the input of each norm, likewise",
-    "activation": "the input of each activation function, likewise",
+    "activation": "the input of each activation function, likewise; 0.2,0.2/hidden for fractions of the width that the "
+    "linear layer before it reads",
     "group": "what a norm and the linear layers behind it keep together, likewise; none for the paper's way",
+}
+
+SWITCHES = {
+    "product": "compress both factors of gated products, or leave them in full",
+    "last-norm": "compress the norm that runs last too, or leave it in full",
+    "renormalise": "norms scale the estimate of their normalised input to its exact length, or take it as it is",
 }
 
 EXAMPLES = """
@@ -129,8 +137,10 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
         **unless,
     )  # fmt: skip
     group.add_argument("--growth", type=float, metavar="SHARE", **unless,
-        help="no interval longer than this share of the steps before it; 0 for fixed intervals, as in the paper",
+        help="no interval of a norm longer than this share of the steps before it; 0 for fixed intervals",
     )  # fmt: skip
+    for name, what in SWITCHES.items():
+        group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=what, **unless)
     group.add_argument("--config-seed", type=int, metavar="N", help="of the random bases (default: the run's --seed)")
     group.add_argument("--min-width", type=int, metavar="N", help="leave narrower inputs alone", **unless)
     group.add_argument("--include", nargs="+", metavar="GLOB", help="compress only modules whose name matches")
@@ -159,7 +169,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _keep(text: str) -> Keep | None:
-    """:func:`prac.config.parse_keep` for an argument."""
+    """:func:`prac.lab.methods.keeps.parse_keep` for an argument."""
     try:
         return parse_keep(text)
     except ValueError as error:

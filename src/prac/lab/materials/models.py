@@ -27,8 +27,8 @@ class Recipe:
     """How a model is trained unless told otherwise.
 
     ``batch_size`` is per device and ``lr`` the peak of the schedule; ``warmup`` is a fraction of ``steps``.
-    ``interval`` is T1 = T2 of Algorithm 1, in optimizer steps, and ``growth`` that of :class:`prac.Config`; ``None``
-    for those of the method's preset.
+    ``interval`` is how many of them pass between the subspaces of methods whose optimizer lives in one; ``None`` for
+    the methods' own.
     """
 
     steps: int
@@ -38,7 +38,6 @@ class Recipe:
     lr: float
     warmup: float = 0.1
     interval: int | None = None
-    growth: float | None = None
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,8 @@ def _llama(steps: int) -> Recipe:
 
 SIZES: dict[str, Size] = _Sizes()
 SIZES |= {
-    # Not in the paper: small enough for a laptop. A run this short needs subspaces that follow its first steps.
-    "llama-tiny": Size("llama", 192, 512, 4, 4, Recipe(260, 16, 1, 128, 2e-3, interval=50, growth=0.1)),
+    # Not in the paper: small enough for a laptop. A run this short sees few subspaces.
+    "llama-tiny": Size("llama", 192, 512, 4, 4, Recipe(260, 16, 1, 128, 2e-3, interval=50)),
     "llama-35m": Size("llama", 384, 1024, 8, 6, _llama(5_000)),
     "llama-60m": Size("llama", 512, 1376, 8, 8, _llama(10_000)),
     "llama-130m": Size("llama", 768, 2048, 12, 12, _llama(20_000)),

@@ -124,16 +124,14 @@ def options(
 
 
 def _config(method: str, model: str, changes: Mapping[str, Any]) -> Config | None:
-    """The config of a method on a model: its preset, with the refresh intervals that fit the model's recipe."""
+    """The config of a method on a model: its preset, with intervals that fit the model's recipe."""
     own = methods.parse(method).config
     if own is None:
         return None
-    recipe = models.recipe(model)
-    # A short run needs short intervals, whoever has them; but not bases that are made once, or at every step. That
-    # they grow is for those that follow the activations: an optimizer's moments have to get to know a subspace.
-    interval = None if own.T1 in (None, 1) else recipe.interval
-    defaults = {"T1": interval, "T2": interval, "growth": None if own.factored else recipe.growth}
-    return own.replace(**{name: value for name, value in defaults.items() if value is not None} | dict(changes))
+    # A short run needs short intervals where an optimizer lives in the subspace; bases of every step stay so.
+    interval = models.recipe(model).interval if own.factored and own.T1 not in (None, 1) else None
+    defaults = {} if interval is None else {"T1": interval, "T2": interval}
+    return own.replace(**defaults | dict(changes))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], ignore: tuple[str, ...] = ()) -> list[str]:
