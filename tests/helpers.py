@@ -82,6 +82,7 @@ def loss(output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         output = output[0] if isinstance(output, tuple) else next(iter(output.values()))
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float32)
+    weights = weights.to(output.device)
     return (output.float() * weights).sum() if output.dtype != torch.float64 else (output * weights.double()).sum()
 
 

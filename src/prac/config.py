@@ -187,8 +187,8 @@ class Config:
         product: False leaves gated products alone: of ``silu(g) * u`` the input of ``silu`` is compressed, and both
             factors stay in full.
         last_norm: False leaves the norm that runs last in full, through which every gradient goes.
-        renormalise: norms that keep their input at a rank scale the estimate of x̂ to the length that x̂ has, a token at
-            a time (:func:`prac.ops.rms_norm`).
+        renormalise: norms that keep an input of their own at a rank scale the estimate of x̂ to the length that x̂ has, a
+            token at a time (:func:`prac.ops.rms_norm`). Those that share x̂, with ``group`` set, do not.
         group: None has every layer keep an input of its own, as in the paper. Otherwise a norm and the
             linear layers that alone read its output (q, k, v; gate, up) keep its x̂, once for all.
         attention_bits: keep q, k, v and the output of attention in so many bits; None leaves them
