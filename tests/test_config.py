@@ -35,6 +35,7 @@ def test_a_rank_of_the_hidden_size() -> None:
     rank = Rank(0.2, 0.2, of="hidden")
     assert rank.resolve(3072, hidden=768) == (153, 159)
     assert rank.resolve(3072) == (614, 618)
+    assert rank.resolve(100, hidden=768) == (20, 20)  # narrower than what was read before
     assert Rank(0.2, 0.2).resolve(3072, hidden=768) == (614, 618)
 
 
@@ -46,8 +47,11 @@ def test_text_and_back(text: str) -> None:
 def test_text_that_is_none_of_these() -> None:
     with pytest.raises(ValueError, match='of must be "width" or "hidden"'):
         parse_keep("0.2,0.2/hiden")
-    with pytest.raises(ValueError, match="is not R1,R2"):
-        parse_keep("0.2/hidden")
+    for text in ("0.2/hidden", "", "@8bits", "0.2,0.2@", "0.2,0.2/hidden@"):
+        with pytest.raises(ValueError, match="is not R1,R2"):
+            parse_keep(text)
+    with pytest.raises(ValueError, match='of must be "width" or "hidden"'):
+        parse_keep("0.2,0.2/")
 
 
 def test_what_is_kept_in_bits_besides() -> None:

@@ -229,6 +229,10 @@ def test_a_norm_under_autocast_keeps_as_linear_layers_do() -> None:
         with torch.autocast("cpu", dtype):
             ops.rms_norm(x, None, 1e-5, e)
         assert e.kept_in == kept
+    e = subspace(4, 5)
+    with torch.autocast("cpu", torch.bfloat16):  # what is left when a large mean is taken off would be its rounding
+        ops.layer_norm(x, None, None, 1e-5, e)
+    assert e.kept_in == torch.float32
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "layer_norm"])

@@ -100,6 +100,17 @@ def test_many_tokens_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(gram_matrix(x[:799]), x[:799].T @ x[:799])
 
 
+@pytest.mark.parametrize("length", [8, 16, 12, 60])
+def test_sampled_tokens_are_of_every_place(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the first token of each sequence lies elsewhere than the rest."""
+    monkeypatch.setattr(module, "MOST_TOKENS", 500)
+    x = activations(4800, 67, s=10, tail=0.1).view(-1, length, 67)
+    x[:, 0] = torch.randn(67, dtype=x.dtype, generator=torch.Generator().manual_seed(1)) * 10
+    x = x.flatten(0, 1)
+    best = torch.linalg.svdvals(x)[:12].square().sum().item()
+    assert captured(x, principal_basis(gram_matrix(x), 12)) > 0.98 * best
+
+
 def test_a_bad_batch_is_heard_of_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device: whether a batch was good enough is asked when it is known, and not before."""
     clock = Steps()

@@ -62,7 +62,8 @@ class Rank:
         orthonormal: False leaves the random directions as they are drawn, Gaussian of variance 1/r2 (outside the
             principal ones): also unbiased, noisier, and what CompAct and RSO do.
         of: what a float is a fraction of: the tensor's own ``"width"``, or the ``"hidden"`` size, which is the width
-            that the linear layer before it reads (of a GELU four times less). Where none ran before, its own.
+            that the linear layer before it reads (of a GELU four times less). Where none ran before, or one that reads
+            more, its own width.
 
     >>> Rank(0.3, 0.3).resolve(768)
     (230, 234)
@@ -114,7 +115,7 @@ class Rank:
             ValueError: if nothing is left after flooring, or ``r1 + r2 > width``; the
                 message names ``where`` and says what to change.
         """
-        whole = width if self.of == "width" or hidden is None else hidden
+        whole = width if self.of == "width" or hidden is None else min(hidden, width)
         r1, r2 = (_count(value, whole) for value in (self.r1, self.r2))
         if isinstance(self.r1 + self.r2, float) and r1 + r2 >= PADDED:
             more = max(0, min(-(r1 + r2) % EVEN, width - r1 - r2))

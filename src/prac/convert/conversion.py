@@ -6,7 +6,7 @@ import copy
 import difflib
 import fnmatch
 import weakref
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from prac.runtime.warn import warn
 Filter = str | Sequence[str] | Callable[[nn.Module, str], bool]
 Found = dict[str, Match | str | None]
 Layers = dict[str, tuple[Match, dict[str, Estimator], Source | None]]
+_HALF = "its input lies in one tensor with the product's other factor, which stays in full: compressing it would cost"
 
 
 class Conversion:
@@ -114,6 +115,7 @@ class Conversion:
         norms = [name for name in known.reads if name in matches and matches[name].layer.kind == "norm"]
         last = None if config.last_norm or not norms else norms[-1]
         reasons |= {n: self._why_not(n, m, modules, known, heads, last) for n, m in matches.items()}
+        reasons |= {name: _HALF for name in self._halves(matches) if reasons.get(name, _HALF) is None}
         if structure is not None:
             self._warn_of_attention(model, structure, notes, reasons)
         chosen = {name: match for name, match in matches.items() if reasons[name] is None}
@@ -131,6 +133,14 @@ class Conversion:
         self.notes.clear()
         self.notes.update({modules[name]: note for name, note in notes.items() if name in modules})
         return layers
+
+    def _halves(self, matches: Mapping[str, Match]) -> Iterator[str]:
+        """Activations that read one half of a tensor of which a product that is left alone keeps the other."""
+        for name, match in matches.items():
+            if match.layer is MLP and not self.config.product:
+                roles = match.facts.roles
+                if roles.gated and len(roles.into) == 1 and roles.original:
+                    yield f"{name}.{roles.original}"
 
     def _why_not(
         self,

@@ -199,12 +199,15 @@ class Plan:
     def _hidden(self, name: str) -> int | None:
         """The width that the linear layer before ``name`` reads; of an MLP its own input's.
 
-        Of several in a row beside it the widest is meant: an adapter's second factor runs last, on what is narrow.
+        Where that is inside a module beside ``name``, such as an adapter's wrapper, the first in there is meant.
         """
         reads, width = self.structure.reads, self.structure.width
         if name not in reads or self._matches[name].layer is MLP:
             return width.get(name)
-        before = list(reads)[: list(reads).index(name)]
-        beside = f"{name.rpartition('.')[0]}.".removeprefix(".")
-        row = itertools.takewhile(lambda n: n in self._linears and n.startswith(beside), reversed(before))
-        return max((width[n] for n in row if n in width), default=None)
+        before = [n for n in itertools.takewhile(lambda n: n != name, reads) if n in self._linears]
+        if not before:
+            return None
+        last, ours = before[-1].split("."), name.split(".")
+        shared = next((i for i, (a, b) in enumerate(zip(last, ours, strict=False)) if a != b), 0)
+        beside = last[: shared + 1]
+        return next(width.get(n) for n in before if n.split(".")[: shared + 1] == beside)

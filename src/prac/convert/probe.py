@@ -87,7 +87,10 @@ def _together(training: Structure, evaluation: Structure) -> Structure:
         ours, theirs = getattr(training, part), getattr(evaluation, part)
         # Tensors are numbered in each run for itself.
         others = {n: -i if part in ("reads", "writes") else i for n, i in theirs.items() if n in skipped}
-        setattr(found, part, ours | others)
+        both = ours | others
+        # In the order of evaluation, in which the modules that training left out have their place.
+        order = [*(n for n in theirs if n in both), *(n for n in both if n not in theirs)]
+        setattr(found, part, {n: both[n] for n in order})
     found.edges = training.edges | {n: edges for n, edges in evaluation.edges.items() if n in unseen}
     for part in ("heads", "per_sample"):
         setattr(found, part, getattr(training, part) | (getattr(evaluation, part) & skipped))

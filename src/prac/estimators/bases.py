@@ -20,16 +20,24 @@ def gram_matrix(x_MN: Tensor) -> Tensor:
     """XᵀX (n × n) in float32 (float64 for float64 inputs), a slice of tokens at a time.
 
     Slices, because the float32 copy of a half-precision X is as large as what compression saves. Of more than
-    :data:`MOST_TOKENS` tokens, and 4n, every second is taken, or third, and so on: directions that hold energy hold it
-    in any thousands of tokens, and this product is most of what a refresh costs.
+    :data:`MOST_TOKENS` tokens, and 4n, every third is taken, or fifth, and so on, from all places of a sequence alike:
+    directions that hold energy hold it in any thousands of tokens, and this product is most of what a refresh costs.
     """
     dtype = torch.promote_types(x_MN.dtype, torch.float32)
     gram_NN = torch.zeros(x_MN.shape[1], x_MN.shape[1], dtype=dtype, device=x_MN.device)
-    x_MN = x_MN[:: max(1, x_MN.shape[0] // max(MOST_TOKENS, 4 * x_MN.shape[1]))]
+    x_MN = x_MN[:: _stride(x_MN.shape[0], max(MOST_TOKENS, 4 * x_MN.shape[1]))]
     for rows_MN in x_MN.split(TOKENS_PER_SLICE):
         rows_MN = rows_MN.to(dtype)
         gram_NN.addmm_(rows_MN.mT, rows_MN)
     return gram_NN
+
+
+def _stride(tokens: int, enough: int) -> int:
+    """Which leaves ``enough`` tokens, and has no factor in common with the length of sequences, whatever that is."""
+    stride = max(1, tokens // enough)
+    while math.gcd(stride, tokens) > 1:
+        stride -= 1
+    return stride
 
 
 def principal_basis(

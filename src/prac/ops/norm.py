@@ -92,7 +92,7 @@ class _Norm(torch.autograd.Function):
         x_MN = x.reshape(-1, n)
         kept, mu_M1, rho_M1 = None, None, None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            kept = estimator.keep(x, _kept_in(x, estimator))
+            kept = estimator.keep(x, x.dtype if centered else _kept_in(x, estimator))
             # Statistics in float32 or wider, one pass and no copy of x.
             dtype = torch.promote_types(x.dtype, torch.float32)
             if centered:
@@ -136,7 +136,10 @@ class _Norm(torch.autograd.Function):
 
 
 def _kept_in(x: Tensor, estimator: Estimator) -> torch.dtype:
-    """Of a projection, autocast's dtype where that has the range of float32, as for other products; else that of x."""
+    """Of a projection, autocast's dtype where that has the range of float32, as for other products; else that of x.
+
+    For RMSNorm: LayerNorm takes the mean off, and where it is large what is left would be the rounding.
+    """
     dtype = x.dtype if estimator.complete else autocast_dtype(x)
     return dtype if torch.finfo(dtype).max >= torch.finfo(torch.bfloat16).max else x.dtype
 

@@ -137,7 +137,7 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
         **unless,
     )  # fmt: skip
     group.add_argument("--growth", type=float, metavar="SHARE", **unless,
-        help="no interval of a norm longer than this share of the steps before it; 0 for fixed intervals",
+        help="no interval of a norm or activation longer than this share of the steps before it; 0 for fixed intervals",
     )  # fmt: skip
     for name, what in SWITCHES.items():
         group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=what, **unless)

@@ -18,15 +18,15 @@ def parse_keep(text: str) -> Rank | Bits | None:
     """
     if text == "none":
         return None
-    rank, _, bits = text.partition("@") if not text.endswith("bits") or "@" in text else ("", "@", text)
+    rank, at, bits = text.partition("@") if not text.endswith("bits") or "@" in text else ("", "", text)
     try:
-        stored = Bits(int(bits.removesuffix("bits"))) if bits else None
-        if not rank:
+        stored = Bits(int(bits.removesuffix("bits"))) if bits or at else None
+        if not rank and not at and stored is not None:
             return stored
-        rank, _, of = rank.partition("/")
+        rank, of_what, of = rank.partition("/")
         numbers = [int(part) if part.strip().isdecimal() else float(part) for part in rank.split(",")]
         if len(numbers) in (2, 3):
-            return Rank(numbers[0], numbers[1], float((*numbers, 1.0)[2]), stored, of=of or "width")  # type: ignore[arg-type]
+            return Rank(numbers[0], numbers[1], float((*numbers, 1.0)[2]), stored, of=of if of_what else "width")  # type: ignore[arg-type]
     except ValueError as error:
         if not str(error).startswith(("invalid literal", "could not convert")):
             raise
