@@ -141,14 +141,11 @@ def test_predicted_as_measured_with_gradients_in_factors() -> None:
     ],
 )
 def test_table_2(model: str, method: str, loss: str, published: float) -> None:
-    """As the paper trained; all of it is in benchmarks/paper/table2.py.
-
-    Of GPT-2, which it trained under autocast, a norm's Z is kept in bfloat16 here and perhaps in float32 there.
-    """
+    """As the paper trained; all of it is in benchmarks/paper/table2.py."""
     batch, length, dtype = (128, 256, "bf16") if model.startswith("llama") else (32, 1024, "amp")
     setting = footprint.Setting(model, batch, length, dtype)
     found = footprint.one(setting, method, loss, "galore" if method == "galore" else "adamw")
-    assert found.peak / 1e9 == pytest.approx(published, rel=0.10 if (model, method) == ("gpt2-355m", "paper") else 0.05)
+    assert found.peak / 1e9 == pytest.approx(published, rel=0.07)
 
 
 def test_in_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
