@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from rows import Job, Row
 from shapes import TOY_TRAINED, TOY_TRAINING, TRAINED, TRAINING
-from training import TOY_BYTES, kept, setting_of, train
+from training import kept, setting_of, source, train
 
 from prac import PRESETS
 
@@ -22,7 +22,7 @@ def jobs(stage: str, toy: bool, flash: bool, tokens: str | None) -> list[Job]:
     """Every method with every seed."""
     shape, training = (TOY_TRAINED, TOY_TRAINING) if toy else (TRAINED, TRAINING)
     common = setting_of(shape, training, toy, flash, tokens)
-    text = {"tokens": tokens, "limit": TOY_BYTES if toy else None}
+    text = source(tokens, toy)
     return [
         Job(f"{name} {seed}", measure, common | {"method": name, "seed": seed} | kept(config), SECONDS[name], text)
         for seed in (SEEDS[:1] if toy else SEEDS)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rows import Job, Row
 from shapes import GRID, PRETRAINED, SHORT, TOY_PRETRAINED, TOY_SHORT
-from training import TOY_BYTES, adamw, kept, setting_of, train
+from training import adamw, kept, setting_of, source, train
 
 from prac.estimators.subspace import Subspace
 from prac.lab.methods import optimizers
@@ -37,7 +37,7 @@ def jobs(stage: str, toy: bool, flash: bool, tokens: str | None) -> list[Job]:
             continue
         short = TOY_SHORT if toy else SHORT
         common = setting_of(shape, short if stage == "rates" else training, toy, flash, tokens) | {"model": model}
-        text = {"tokens": tokens, "limit": TOY_BYTES if toy else None}
+        text = source(tokens, toy)
         for name, method, seed, rate in _wanted(stage, toy):
             setting = common | {"method": method, "seed": seed, "learning_rate": rate} | kept(parse(method).config)
             seconds = SECONDS[model] * common["steps"] / training.steps

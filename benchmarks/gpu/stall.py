@@ -14,7 +14,7 @@ import torch
 from rows import Job, Row
 from shapes import TINY, TOY_TINY
 from torch import Tensor, nn
-from training import TOY_BYTES, kept, setting_of, train
+from training import kept, setting_of, source, train
 
 from prac import PRESETS, Config, Rank
 from prac.estimators import bases
@@ -55,7 +55,7 @@ SEEDS = (0, 1, 2)
 def jobs(stage: str, toy: bool, flash: bool, tokens: str | None) -> list[Job]:
     """Every way with every seed."""
     common = setting_of(*(TOY_TINY if toy else TINY), toy, flash, tokens)
-    text = {"tokens": tokens, "limit": TOY_BYTES if toy else None}
+    text = source(tokens, toy)
     return [
         Job(f"{name} {seed}", measure, common | {"method": name, "seed": seed} | kept(config), 12, text)
         for seed in (SEEDS[:1] if toy else SEEDS)

@@ -36,7 +36,7 @@ def setting_of(shape: Model, training: Training, toy: bool, flash: bool, tokens:
     Raises:
         ValueError: if the text is too short, or none.
     """
-    text = read(tokens, TOY_BYTES if toy else None)
+    text = read(**source(tokens, toy))
     check(text, training.batch.sequence_length, training.validation_sequences + training.batch.sequences, tokens)
     about = {
         "text": Path(tokens).name if tokens else "sources of the standard library, bytes",
@@ -55,24 +55,29 @@ def kept(config: Config | None) -> Row:
     return {"config": None if config is None else config.to_dict()}
 
 
-def read(path: str | None, limit: int | None = None) -> Tensor:
+def source(tokens: str | None, toy: bool) -> Row:
+    """Where the text is from, as rows' functions take it."""
+    return {"tokens": tokens, "limit": TOY_BYTES if toy else None}
+
+
+def read(tokens: str | None, limit: int | None = None) -> Tensor:
     """Tokens of a file, or the bytes of the standard library's sources; of those no more than ``limit``.
 
     Raises:
         ValueError: if the file has no whole numbers from 0.
     """
-    if path is None:
+    if tokens is None:
         return _standard_library(limit)
-    if path.endswith(".npy"):
+    if tokens.endswith(".npy"):
         import numpy
 
-        text = torch.from_numpy(numpy.load(path).astype("int64"))
-    elif path.endswith(".pt"):
-        text = torch.load(path, weights_only=True)
+        text = torch.from_numpy(numpy.load(tokens).astype("int64"))
+    elif tokens.endswith(".pt"):
+        text = torch.load(tokens, weights_only=True)
     else:
-        raise ValueError(f"--tokens {path}: give a .npy file or a .pt file of whole numbers.")
+        raise ValueError(f"--tokens {tokens}: give a .npy file or a .pt file of whole numbers.")
     if not isinstance(text, Tensor) or text.is_floating_point() or not text.numel() or text.min() < 0:
-        raise ValueError(f"--tokens {path} holds no whole numbers from 0: save the ids of tokens, one after another.")
+        raise ValueError(f"--tokens {tokens} holds no whole numbers from 0: save the ids of tokens, one after another.")
     return text.flatten().to(torch.int32)
 
 

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+# Ranks of so many directions and more are rounded up to a multiple of EVEN, which GPUs' fast products want.
 EVEN, PADDED = 8, 128
 Kind = Literal["linear", "norm", "activation", "attention"]
 

@@ -42,7 +42,7 @@ PRESETS: dict[str, Config] = {
     # The two limits of Table 1 and Figure 5, at the same total rank.
     "pac": PAPER.replace(linear=Rank(0.6, 0.0), norm=Rank(0.4, 0.0)),
     "rac": PAPER.replace(linear=Rank(0.0, 0.6), norm=Rank(0.0, 0.4), activation=Rank(0.0, 0.4, of="hidden")),
-    # The same memory by the letter: every norm, fixed intervals. It stands still until its first refreshes.
+    # By the letter: every norm, fixed intervals. With it training stands still at first, and recovers late.
     "paper-as-printed": Config(activation=HIDDEN, product=False),
     # Both factors of a gated product too, as Section 5.1 suggests and Table 2 does not bear out.
     "paper-product": PAPER.replace(activation=Rank(0.2, 0.2), product=True),

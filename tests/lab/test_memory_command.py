@@ -131,21 +131,21 @@ def test_predicted_as_measured_with_gradients_in_factors() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "method", "loss", "published"),
+    ("model", "method", "loss", "published", "off"),
     [
-        ("llama-130m", "plain", "half", 21.26),
-        ("llama-130m", "paper", "half", 15.65),
-        ("llama-130m", "galore", "half", 21.08),
-        ("gpt2-355m", "plain", "plain", 55.94),
-        ("gpt2-355m", "paper", "plain", 44.21),
+        ("llama-130m", "plain", "half", 21.26, 0.05),
+        ("llama-130m", "paper", "half", 15.65, 0.05),
+        ("llama-130m", "galore", "half", 21.08, 0.05),
+        ("gpt2-355m", "plain", "plain", 55.94, 0.05),
+        ("gpt2-355m", "paper", "plain", 44.21, 0.07),
     ],
 )
-def test_table_2(model: str, method: str, loss: str, published: float) -> None:
+def test_table_2(model: str, method: str, loss: str, published: float, off: float) -> None:
     """As the paper trained; all of it is in benchmarks/paper/table2.py."""
     batch, length, dtype = (128, 256, "bf16") if model.startswith("llama") else (32, 1024, "amp")
     setting = footprint.Setting(model, batch, length, dtype)
     found = footprint.one(setting, method, loss, "galore" if method == "galore" else "adamw")
-    assert found.peak / 1e9 == pytest.approx(published, rel=0.07)
+    assert found.peak / 1e9 == pytest.approx(published, rel=off)
 
 
 def test_in_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:

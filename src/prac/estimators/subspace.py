@@ -130,7 +130,7 @@ class Subspace(Estimator):
             return
         with without_autocast(x_MN.device.type):
             generator = self.generator(self.refreshes, x_MN.device)
-            if not due_q1:
+            if not due_q1 or self.r1 == 0:
                 self._renew(self._q1(x_MN), generator)
             elif not self._refresh(x_MN, generator):
                 return
@@ -138,9 +138,6 @@ class Subspace(Estimator):
 
     def _refresh(self, x_MN: Tensor, generator: torch.Generator) -> bool:
         """Both bases from this batch; whether it was tried."""
-        if self.r1 == 0:
-            self._renew(self._q1(x_MN), generator)
-            return True
         if x_MN.shape[0] < self.r1:
             self._skip(
                 self.clock.step,
