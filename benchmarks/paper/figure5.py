@@ -3,12 +3,15 @@
     python benchmarks/paper/figure5.py                 # every run, then the figure; goes on where it stopped
     python benchmarks/paper/figure5.py --scales 1 0.5  # once more with half of the ranks
 
-Three seeds of each method train `llama-tiny` on the State of the Union speeches with the ranks of the presets (0.6n for
-linear layers, 0.4n for norms and activations) times each scale. The paper's figure has a lower rank for PRAC and PAC,
-and says that RAC diverges there.
+Three seeds of each method train `llama-tiny` on the State of the Union speeches with the ranks of the presets times
+each scale: 0.6n for linear layers, 0.4n for norms and activation functions, n being the hidden size for these. The
+paper's figure has a lower rank for PRAC and PAC, and says that RAC diverges there. In activation functions `paper` is
+PAC.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import common
 from claims import Claim, Gap, below
@@ -27,7 +30,7 @@ def ranks(method: str, scale: float) -> list[str]:
     arguments = []
     for kind in KINDS if scale != 1 else ():
         rank: Rank = getattr(PRESETS[method], kind)
-        arguments += [f"--{kind}", f"{scale * rank.r1:.3f},{scale * rank.r2:.3f}"]
+        arguments += [f"--{kind}", str(replace(rank, r1=round(scale * rank.r1, 3), r2=round(scale * rank.r2, 3)))]
     return arguments
 
 
