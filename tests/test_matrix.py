@@ -15,6 +15,7 @@ import matrix
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from helpers import leave
 from matrix import HERE, LOOPS, cells, takes_long
 from training import SEVERAL, Cell
 
@@ -47,15 +48,15 @@ def _work(rank: int, folder: str, wrapper: str, loop: str, long: bool) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    found = {}
+    found, in_step = {}, True
     for cell in _cells(wrapper, loop, long):
         try:
             found[str(cell)] = matrix.run(cell)
         except Exception:
-            found[str(cell)] = traceback.format_exc()
-            break  # the processes may be out of step now
+            found[str(cell)], in_step = traceback.format_exc(), False
+            break
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    leave(in_step=in_step)
 
 
 @pytest.mark.parametrize(

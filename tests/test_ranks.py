@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import gradients
+from helpers import gradients, leave
 from models import build
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
@@ -97,8 +97,7 @@ def _every_layer_sharded(rank: int, folder: str) -> None:
             torch.testing.assert_close(p.grad.full_tensor(), expected.grad, rtol=1e-3, atol=1e-6)
         variances = [layer.gradient_variance for layer in monitor.history[0].layers if layer.kind in ("linear", "norm")]
         assert max(variances) < 1e-9  # and none is missing
-    torch.distributed.barrier()  # or the first to leave aborts threads of the other's connections
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def test_fsdp2_of_every_single_layer(tmp_path) -> None:

@@ -204,7 +204,7 @@ def run(arguments: argparse.Namespace, argv: list[str]) -> int:
     _check_free([out], arguments)
     row = train.run(wanted[0], out, arguments.resume, overwrite=arguments.overwrite)
     _show([row], [out], out, arguments, argv, "train")
-    trainer.leave_processes()
+    trainer.leave_processes(sharded=wanted[0].fsdp)
     return 0
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
@@ -50,12 +53,19 @@ def shard_on_cpu(accelerator: Accelerator, arguments: dict[str, Any]) -> None:
     accelerator.state.distributed_type = DistributedType.FSDP
 
 
-def leave_processes() -> None:
+def leave_processes(*, sharded: bool = False) -> None:
     """Wait for the other processes, and end the group they form while Python is still whole; alone, do nothing.
 
     A thread of Gloo that lets go of its last tensors when the interpreter is already coming down ends its process
-    with SIGABRT, and torchrun calls a run that is complete a failure.
+    with SIGABRT, and torchrun calls a run that is complete a failure. Caches of torch's sharded tensors keep the group,
+    and so its threads, to the very end: a process whose model is ``sharded`` ends here, with 0.
     """
     state = PartialState()
+    several = state.num_processes > 1
     state.wait_for_everyone()
     state.destroy_process_group()
+    if sharded and several:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
