@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # What decides whether a version of torch or transformers is one that prac works with.
-VERSIONED := $(patsubst %,tests/test_%.py,versions ops lean compile kernel loss attention memory loops \
+VERSIONED := $(patsubst %,tests/test_%.py,versions ops norm_ops lean compile kernel loss attention memory loops \
 	way parts trying_again promises transforms by_hand)
 
 .PHONY: train test test-oldest test-newest test-long check format gpu clean

@@ -6,6 +6,7 @@ that is everywhere. AdamW with warm-up and a cosine, gradients clipped at 1.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import sysconfig
@@ -60,6 +61,7 @@ def source(tokens: str | None, toy: bool) -> Row:
     return {"tokens": tokens, "limit": TOY_BYTES if toy else None}
 
 
+@functools.lru_cache(maxsize=1)  # every stage and size is planned on the same text
 def read(tokens: str | None, limit: int | None = None) -> Tensor:
     """Tokens of a file, or the bytes of the standard library's sources; of those no more than ``limit``.
 
