@@ -71,7 +71,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         else:
             found = dict(above(runs, way))
             cells = [f"{found[s]:+.3f}" for s in at]
-        lines.append(f"| {way} | {len(seeds)} | {' | '.join(cells)} |")
+        lines.append(f"| {way} | {len(seeds.keys() & runs['plain'].keys())} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 
@@ -39,7 +40,7 @@ def test_a_rank_of_the_hidden_size() -> None:
     assert Rank(0.2, 0.2).resolve(3072, hidden=768) == (614, 618)
 
 
-@pytest.mark.parametrize("text", ["0.2,0.2/hidden", "0.3,0.0,0.5/hidden@8bits", "64,0.2@4bits", "0.3,0.3", "8bits"])
+@pytest.mark.parametrize("text", ["0.2,0.2/hidden", "0.3,0.1,0.5/hidden@8bits", "64,0.2@4bits", "0.3,0.3", "8bits"])
 def test_text_and_back(text: str) -> None:
     assert str(parse_keep(text)) == text
 
@@ -100,10 +101,29 @@ def test_config_refuses(field: str, value: object) -> None:
         Config(**{field: value})
 
 
-@pytest.mark.parametrize("growth", [-0.1, float("nan"), float("inf")])
-def test_growth_refuses(growth: float) -> None:
-    with pytest.raises(ValueError, match="growth must be finite"):
+@pytest.mark.parametrize("growth", [-0.1, 1.5, float("nan"), float("inf"), "0.1"])
+def test_growth_refuses(growth: object) -> None:
+    with pytest.raises(ValueError, match="growth must be a number from 0"):
         Config(growth=growth)
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda: Rank(0.2, 0.2, bits=8), "bits must be a Bits or None, got 8: write"),  # type: ignore[arg-type]
+        (lambda: Rank(0.2, 0.2, k="1"), "k must be a finite number above 0"),  # type: ignore[arg-type]
+        (lambda: Rank(0.4, 0.0, k=2.0), "k scales the random directions, and r2 = 0 has none"),
+        (lambda: Rank(0.2, 0.2, orthonormal="no"), "orthonormal must be True or False"),  # type: ignore[arg-type]
+        (lambda: Config(seed=1.5), "seed must be a whole number"),  # type: ignore[arg-type]
+        *(
+            (lambda field=field: Config(**{field: "False"}), f"{field} must be True or False, got 'False'")
+            for field in ("product", "last_norm", "renormalise", "factored")
+        ),
+    ],
+)
+def test_what_would_be_taken_for_something_else(make: Callable[[], object], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        make()
 
 
 def test_unknown_preset_lists_the_known() -> None:

@@ -55,6 +55,10 @@ def test_state_of_another_model_is_refused() -> None:
     train(model, 1)
     with pytest.raises(ValueError, match="resume with the config"):
         prac.compress(build("llama"), PAPER.replace(linear=prac.Rank(4, 4))).load_state_dict(handle.state_dict())
+    with pytest.raises(ValueError, match="resume with the config"):  # of the same shape, and another estimate
+        prac.compress(build("llama"), PAPER.replace(linear=prac.Rank(0.3, 0.3, k=0.2))).load_state_dict(
+            handle.state_dict()
+        )
     in_bits = PAPER.replace(linear=prac.Bits(8), norm=prac.Bits(8), activation=prac.Bits(8))
     other = prac.compress(build("llama"), PAPER)
     with pytest.raises(ValueError, match="of another config: it has no subspace of model"):

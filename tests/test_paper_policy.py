@@ -98,3 +98,92 @@ def test_the_last_norm_may_be_named_all_the_same() -> None:
 def test_rows_of_a_model_without_parameters() -> None:
     (row,) = prac.compress(nn.Sequential(nn.GELU()), "paper").rows()
     assert row.what == "activation"
+
+
+class Gelus(nn.Module):
+    """Two hidden layers, of these widths, with one GELU for both or each its own."""
+
+    def __init__(self, first: int, second: int, shared: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, first), nn.Linear(first, 64)
+        self.c, self.d = nn.Linear(64, second), nn.Linear(second, 64)
+        self.act1 = nn.GELU()
+        self.act2 = self.act1 if shared else nn.GELU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.d(self.act2(self.c(self.b(self.act1(self.a(x))))))
+
+
+@pytest.mark.parametrize("second", [256, 128])
+@pytest.mark.parametrize("given", [True, False])
+def test_one_activation_in_several_places_stays_in_full(second: int, given: bool) -> None:
+    """Its basis would be of what it read first: wrong by many times more, and of another width at worst."""
+    x = torch.randn(2, 80, 64)
+    handle = prac.compress(model := Gelus(256, second, shared=True), "paper", **({"example": x} if given else {}))
+    model(x).square().mean().backward()
+    (row,) = [row for row in handle.rows() if row.module == "GELU"]
+    assert row.note.startswith("runs 2 times in a pass") and not row.compressed
+    rows = prac.compress(Gelus(256, second, shared=False), "paper", example=x, include="*").rows()
+    assert len(rows) == 6 and all(row.compressed for row in rows)
+    rows = prac.compress(Gelus(256, second, shared=True), "lean", example=x, include="*").rows()
+    assert all(row.compressed for row in rows), "bits need no basis"
+
+
+def test_the_norm_that_runs_last_may_have_run_before() -> None:
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.n1, self.n2 = nn.RMSNorm(64), nn.RMSNorm(64)
+            self.a, self.b, self.head = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + self.a(self.n1(x))
+            return self.head(self.n1(x + self.b(self.n2(x))))
+
+    rows = prac.compress(Again(), "paper", example=torch.randn(2, 64, 64)).rows()
+    assert [row.name for row in rows if "runs last" in row.note] == ["n1"]
+
+
+class Routed(nn.Module):
+    """The first tokens go to one expert, the others to the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Linear(64, 64)
+        self.often, self.rarely = (nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, rarely: int) -> torch.Tensor:
+        x = self.inside(x)
+        return torch.cat([self.rarely(x[:rarely]), self.often(x[rarely:])])
+
+
+def test_an_expert_with_few_tokens_waits_in_full() -> None:
+    """Its gradients are exact until it has seen enough for a basis; said once, and in the summary."""
+    torch.manual_seed(0)
+    model, x = Routed().double(), torch.randn(90, 64, dtype=torch.float64)
+    handle = prac.compress(model, "paper", example=(x, 0))
+    with pytest.warns(UserWarning, match="rarely.0 stays in full until it sees more tokens: 5 tokens cannot") as told:
+        model(x, 5).square().mean().backward()
+    assert len(told) == 1
+    found = [p.grad.clone() for p in model.rarely.parameters()]
+    with handle.suspended():
+        expected = torch.autograd.grad(model(x, 5).square().mean(), list(model.rarely.parameters()))
+    torch.testing.assert_close(found, list(expected))
+    rows = {row.name: row for row in handle.rows()}
+    assert rows["rarely.0"].note == "in full until it sees 19 tokens at once"
+    assert rows["rarely.0"].before == rows["rarely.0"].after == 64 * 8
+    model(x, 60).square().mean().backward()
+    rows = {row.name: row for row in handle.rows()}
+    assert all(row.note == "" and row.after < row.before for name, row in rows.items() if name.startswith("rarely."))
+    with pytest.raises(ValueError, match="5 tokens cannot span"):  # not for want of luck: no batch would do
+        prac.compress(fresh := Routed(), "paper")
+        fresh(torch.randn(5, 64), 0)
+
+
+def test_what_attention_keeps_anyway_is_no_saving() -> None:
+    """The paper compresses the input of W_o; torch's attention keeps that tensor, so it comes on top."""
+    model = build("llama")
+    rows = prac.compress(model, prac.PRESETS["paper"].replace(min_width=8), example=batch_of("llama")).rows()
+    found = [row for row in rows if row.name.endswith("o_proj")]
+    assert found and all(row.before == 0 < row.after and "comes on top" in row.note for row in found)
+    assert all(row.before > 0 for row in rows if row.name.endswith("down_proj"))

@@ -91,8 +91,14 @@ class Rank:
                 )
         if self.r1 == 0 and self.r2 == 0:
             raise ValueError("rank 0 keeps nothing: give r1, r2 or both a value above 0.")
-        if not (math.isfinite(self.k) and self.k > 0):
-            raise ValueError(f"k must be finite and positive (1.0 is unbiased), got {self.k!r}.")
+        if not _is_number(self.k) or self.k <= 0:
+            raise ValueError(f"k must be a finite number above 0 (1.0 is unbiased), got {self.k!r}.")
+        if self.k != 1 and self.r2 == 0:
+            raise ValueError(f"k scales the random directions, and r2 = 0 has none: leave k away, got {self.k!r}.")
+        if self.bits is not None and not isinstance(self.bits, Bits):
+            raise ValueError(f"bits must be a Bits or None, got {self.bits!r}: write bits=Bits(8).")
+        if not isinstance(self.orthonormal, bool):
+            raise ValueError(f"orthonormal must be True or False, got {self.orthonormal!r}.")
         if self.of not in ("width", "hidden"):
             raise ValueError(f'of must be "width" or "hidden", got {self.of!r}.')
 
@@ -133,6 +139,10 @@ class Rank:
                 "Lower the rank, or exclude the layer."
             )
         return r1, r2
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _count(value: float | int, width: int) -> int:
@@ -188,7 +198,8 @@ class Config:
             With Bits the output is not kept either: what reads it computes it again.
         product: False leaves gated products alone: of ``silu(g) * u`` the input of ``silu`` is compressed, and both
             factors stay in full.
-        last_norm: False leaves the norm that runs last in full, through which every gradient goes.
+        last_norm: False leaves the norm that runs last in full, through which every gradient goes where the model has
+            one trunk; of two towers it is the second one's.
         renormalise: norms that keep an input of their own at a rank scale the estimate of x̂ to the length that x̂ has, a
             token at a time (:func:`prac.ops.rms_norm`). Those that share x̂, with ``group`` set, do not.
         group: None has every layer keep an input of its own, as in the paper. Otherwise a norm and the
@@ -200,9 +211,9 @@ class Config:
         T2: optimizer steps between refreshes of the random basis Q2, or None. Q2 is also redrawn
             whenever Q1 changes, or it would no longer be orthogonal to it.
         growth: if above 0, no interval of a norm or an activation is longer than this share of the steps before it: 0.1
-            refreshes at steps 0 to 11, then 12, 13, 14, …, 30, 33, 36, …, until T1 and T2 are reached. Early in
-            training activations turn quickly, and a stale basis does harm there (``docs/algorithm.md``); to linear
-            layers it does none. 0 for fixed intervals.
+            refreshes at steps 0 to 20, then 22, 24, …, 30, 33, 36, …, until an interval is as long as T1 or T2, at
+            step T/growth. Early in training a stale basis does harm there (``docs/algorithm.md``); to linear layers it
+            does none. At most 1; 0 for fixed intervals.
         factored: leave the weight gradients of linear layers that keep a rank or factors in two factors, through
             accumulation and clipping into the optimizer (:class:`prac.optim.FactoredGradient`). Not together with
             ``group``.
@@ -237,14 +248,17 @@ class Config:
             if keep is not None and not isinstance(keep, Rank | Bits | Factors):
                 example = f"Bits({keep})" if keep in (2, 4, 8, 16, 32) else "Bits(8), Rank(0.3, 0.3)"
                 raise ValueError(f"{name} must be a Rank, Bits, Factors or None, got {keep!r}: write {name}={example}.")
-        for name in ("T1", "T2", "min_width"):
-            value = getattr(self, name)
-            if value is None and name != "min_width":
+        for name in ("T1", "T2", "min_width", "seed"):
+            value, least = getattr(self, name), -math.inf if name == "seed" else 1
+            if value is None and name in ("T1", "T2"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
-        if not (math.isfinite(self.growth) and self.growth >= 0):
-            raise ValueError(f"growth must be finite and not negative (0 for fixed intervals), got {self.growth!r}.")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+        if not _is_number(self.growth) or not 0 <= self.growth <= 1:
+            raise ValueError(f"growth must be a number from 0 (fixed intervals) to 1, got {self.growth!r}.")
+        for name in ("product", "last_norm", "renormalise", "factored"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {value!r}.")
         if self.attention_bits not in (None, 4, 8):
             raise ValueError(f"attention_bits must be 4, 8 or None, got {self.attention_bits!r}.")
         if self.factored and (self.group is not None or not isinstance(self.linear, Rank | Factors)):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prac.config import Config
+from prac.config import Config, Rank
 from prac.convert import state as saved_state
 from prac.convert.plan import Plan
 from prac.convert.probe import Structure
@@ -64,6 +64,7 @@ class Conversion:
         self.is_final = self.is_undone = False
         self.state: dict[str, Any] | None = None
         self._calls: dict[str, int] = {}
+        self._kept_anyway: set[str] = set()
         self._layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def found(self, model: nn.Module) -> Found:
@@ -101,7 +102,7 @@ class Conversion:
         matches = {name: match for name, match in found.items() if isinstance(match, Match)}
         notes = {name: why for name, why in found.items() if isinstance(why, str)}
         known = Structure() if structure is None else structure
-        self._calls = known.calls
+        self._calls, self._kept_anyway = known.calls, known.keeps_input
         reasons: dict[str, str | None] = {}
         for name, seen in known.attention.items():
             if isinstance(found.get(name), Match):
@@ -111,8 +112,8 @@ class Conversion:
             elif config.attention_bits is not None:
                 notes[name] = f"attention in full: {seen}"
         heads = known.heads | _output_embeddings(model, modules)
-        # What was read first comes first.
-        norms = [name for name in known.reads if name in matches and matches[name].layer.kind == "norm"]
+        # What was called last comes last.
+        norms = [name for name in known.calls if name in matches and matches[name].layer.kind == "norm"]
         last = None if config.last_norm or not norms else norms[-1]
         reasons |= {n: self._why_not(n, m, modules, known, heads, last) for n, m in matches.items()}
         reasons |= {name: _HALF for name in self._halves(matches) if reasons.get(name, _HALF) is None}
@@ -176,6 +177,9 @@ class Conversion:
             return "the config leaves gated products alone: both factors stay in full"
         if name == last_norm and name not in config.layers:
             return "the norm that runs last stays in full, as the config has it"
+        calls = known.calls.get(name, 1)
+        if kind == "activation" and calls > 1 and isinstance(config.activation, Rank):
+            return f"runs {calls} times in a pass, and one basis would not serve all: give each place its own module"
         if isinstance(parent, nn.MultiheadAttention):
             return "nn.MultiheadAttention uses its weights without calling it"
         if width is not None and width < config.min_width:
@@ -212,7 +216,7 @@ class Conversion:
                 own = copy.copy(module)
                 _replace(model, {module: own})
             swap(own, match, estimators, name=name, source=source, shared=self.shared)
-            own._prac.calls = self._calls.get(name, 1)
+            own._prac.calls, own._prac.kept_anyway = self._calls.get(name, 1), name in self._kept_anyway
             if own is not module:  # others may use it too, also outside of this model
                 own._prac.stands_for = module
             self._layers.add(own)

@@ -31,7 +31,7 @@ class Structure:
     reads: dict[str, int] = field(default_factory=dict)  # a number for the tensor it read first
     writes: dict[str, int] = field(default_factory=dict)  # and for the one it returned
     width: dict[str, int] = field(default_factory=dict)  # features of what it read
-    calls: dict[str, int] = field(default_factory=dict)  # how often it was called
+    calls: dict[str, int] = field(default_factory=dict)  # how often it was called, in the order of the last calls
     heads: set[str] = field(default_factory=set)  # its output is an output of the model
     per_sample: set[str] = field(default_factory=set)  # it saw one row per sample, not per token
     edges: dict[str, int] = field(default_factory=dict)  # how many operations use its output
@@ -162,7 +162,7 @@ class Watch:
     def _leaving(self, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             self._inside.pop()
-            self._calls[name] = self._calls.get(name, 0) + 1
+            self._calls[name] = self._calls.pop(name, 0) + 1  # the last call comes last
             inputs = [*args, *kwargs.values()]
             if not inputs or not isinstance(inputs[0], Tensor) or not inputs[0].dim() or name in self._reads:
                 return None

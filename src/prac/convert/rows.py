@@ -127,9 +127,12 @@ class _Rows:
         unused = {"y", *record.unused}
         kept = {e: share.get(tensor, 1.0) for tensor, e in layer.estimators.items() if tensor not in unused}
         before = round(sum(s * (e.width or 0) * dtype.itemsize for e, s in kept.items())) + statistics
+        note = record.departs or "; ".join(filter(None, (e.remark for e in estimators)))
+        if layer.kind == "linear" and record.kept_anyway:
+            before, note = 0, note or "others keep its input in full anyway: this comes on top"
         after = sum(s * e.bytes_per_token((e.kept_in or dtype).itemsize) for e, s in kept.items())
         after = round(after) + statistics
-        return Row(**row, rank=label, before=before, after=after, note=record.departs)
+        return Row(**row, rank=label, before=before, after=after, note=note)
 
     def reader(self, row: dict[str, Any], layer: Compressed, dtype: torch.dtype) -> Row:
         """A layer that has its input from what others keep."""

@@ -32,7 +32,7 @@ class Row:
     @property
     def compressed(self) -> bool:
         """Whether the layer's input is kept compressed."""
-        return self.rank != ""
+        return self.rank not in ("", "in full")
 
 
 def table(rows: Sequence[Row], remarks: Iterable[str] = ()) -> str:
@@ -45,12 +45,12 @@ def table(rows: Sequence[Row], remarks: Iterable[str] = ()) -> str:
         lines.append((name, row.module, row.what, row.rank, _number(row.before), _number(row.after), note))
     text = aligned(lines, right={4, 5})
     compressed = [row for row in rows if row.compressed]
-    before, after = (sum((getattr(row, side) or 0) * row.calls for row in compressed) for side in ("before", "after"))
+    counted = [row for row in rows if row.rank]
+    before, after = (sum((getattr(row, side) or 0) * row.calls for row in counted) for side in ("before", "after"))
     text += ["", *remarks]
     text.append(
         f"{len(compressed)} layers compressed, {len(rows) - len(compressed)} modules left alone. "
-        f"Bytes per token kept by the compressed ones: {before:,} → {after:,}"
-        + (f" ({after / before:.0%})." if before else ".")
+        f"Bytes per token kept by layers: {before:,} → {after:,}" + (f" ({after / before:.0%})." if before else ".")
     )
     sums = "residual sums, products"
     if not any(row.what == "attention" for row in compressed):

@@ -148,6 +148,11 @@ class Estimator:
         return True
 
     @property
+    def remark(self) -> str:
+        """What a summary should say of it besides, or ""."""
+        return ""
+
+    @property
     def inside(self) -> tuple[Estimator, ...]:
         """Those by which it keeps what it makes."""
         return ()

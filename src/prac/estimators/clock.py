@@ -42,6 +42,7 @@ class Clock:
         self._modules = _references([] if model is None else model.modules())
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those that hold its parameters
         self.on_step: Callable[[], None] = _nothing  # called after each
+        self.tokens, self.has_waited = 0, False  # the most that a layer saw at once; whether one waited for more
         self._by_hand = self._in_use = False
         self._step = self._next = step
         self._ticked_in = _NONE  # the backward pass in which the last step was taken

@@ -31,7 +31,7 @@ from prac.estimators.bases import gram_matrix, principal_basis, projection
 from prac.estimators.clock import Clock
 from prac.estimators.codes import bytes_per_token
 from prac.estimators.projected import Projected
-from prac.estimators.rounded import Stored
+from prac.estimators.rounded import Stored, by_reference
 from prac.runtime.autocast import without_autocast
 from prac.runtime.fake import is_fake
 from prac.runtime.later import Later
@@ -82,13 +82,11 @@ class Subspace(Estimator):
         if any(interval is not None and interval < 1 for interval in (T1, T2)):
             raise ValueError(f"{name}: refresh intervals must be at least 1, got T1 = {T1}, T2 = {T2}.")
         super().__init__(clock, name=name, seed=seed)
-        self.rank, self.T1, self.T2, self.growth, self.factored = rank, T1, T2, growth, factored
-        self.hidden = hidden
+        self.rank, self.T1, self.T2, self.growth, self.factored, self.hidden = rank, T1, T2, growth, factored, hidden
         self.storage = Stored(rank.bits, clock, unbiased=True, name=f"{name}/Z", seed=seed)
         self.p_NR: Tensor | None = None
-        # The optimizer steps at which Q1 and Q2 were last updated.
-        self._q1_step = self._q2_step = -1
-        self._warned = False
+        self._q1_step = self._q2_step = -1  # the optimizer steps of their last updates
+        self._warned = self._waits = False
         self._trials: list[tuple[int, Later]] = []  # the steps of refreshes, and whether they could be done
         if width is not None:
             self._fit(width)
@@ -115,11 +113,13 @@ class Subspace(Estimator):
 
         A batch that gives no basis (NaN, Inf, too few tokens) is skipped: the old one stays, with one warning, and the
         next batch is tried. A device decides that for itself, so that nobody waits for it; both come when it is heard.
+        Where there is no old one, and others see more tokens (a rarely used expert), x stays in full until there is.
 
         Raises:
-            ValueError: if there is no basis yet and none can be made from this batch.
+            ValueError: if there is no basis yet and none can be made from batches like this one.
         """
         self._fit(x_MN.shape[1])
+        self.clock.tokens = max(self.clock.tokens, x_MN.shape[0])
         if x_MN.shape[0] == 0:
             return
         self._hear()
@@ -139,18 +139,20 @@ class Subspace(Estimator):
     def _refresh(self, x_MN: Tensor, generator: torch.Generator) -> bool:
         """Both bases from this batch; whether it was tried."""
         if x_MN.shape[0] < self.r1:
-            self._skip(
-                self.clock.step,
-                f"{x_MN.shape[0]} tokens cannot span a principal basis of r1 = {self.r1} directions; "
-                "use more tokens per step, lower r1, or exclude this layer",
-            )
-            return False
+            problem = f"{x_MN.shape[0]} tokens cannot span a principal basis of r1 = {self.r1} directions"
+            if self.p_NR is None and self.r1 <= self.clock.tokens and not self.factored:
+                if not self.clock.has_waited:  # a model of many experts says it once
+                    warn(
+                        f"{self.name} stays in full until it sees more tokens: {problem}. handle.summary() has others."
+                    )
+                self._waits = self.clock.has_waited = True
+                return False
+            return self._skip(self.clock.step, f"{problem}; use more tokens per step, lower r1, or exclude this layer")
         gram_NN, before_NR = gram_matrix(x_MN), self.p_NR
         finite = None if is_fake(gram_NN) else torch.isfinite(gram_NN).all()
         # The host waits where it has nothing to go on with, and where there is nothing to wait for.
         if finite is not None and (before_NR is None or finite.device.type == "cpu") and not finite:
-            self._skip(self.clock.step, _NOT_FINITE)
-            return False
+            return self._skip(self.clock.step, _NOT_FINITE)
         start_NR = None if before_NR is None else self._q1(x_MN)
         # Activations turn at a rate that falls as 1/t, so a basis is as old as the share of all steps it has served.
         is_stale = self.clock.step - self._q1_step > max(1, LATELY * self.clock.step)
@@ -194,8 +196,8 @@ class Subspace(Estimator):
         """The step at which a basis updated at step ``last`` is due again."""
         if interval is None:
             return math.inf
-        regular = (last // interval + 1) * interval
-        return min(regular, last + max(1, int(self.growth * last))) if self.growth else regular
+        due = (last // interval + 1) * interval
+        return min(due, last + max(1, int(self.growth * last))) if self.growth else due
 
     def _q1(self, x_MN: Tensor) -> Tensor:
         """The principal basis at hand, (n, r1), as precise as it is computed with."""
@@ -205,12 +207,13 @@ class Subspace(Estimator):
         dtype = torch.promote_types(self.p_NR.dtype, torch.float32)
         return self.p_NR[:, : self.r1].to(device=x_MN.device, dtype=dtype)
 
-    def _skip(self, step: int, problem: str) -> None:
+    def _skip(self, step: int, problem: str) -> bool:
         if self.p_NR is None:
             raise ValueError(f"{self.name}: cannot make the first subspace: {problem}.")
         if not self._warned:
-            self._warned = True
             warn(f"{self.name}: refresh at step {step} skipped, keeping the old subspace: {problem}.")
+        self._warned = True
+        return False
 
     # --- the estimator: what ops ask -----------------------------------------------
 
@@ -218,6 +221,8 @@ class Subspace(Estimator):
         """Z = X P (line 16 of Algorithm 1), for (M, n), in ``dtype`` and then in the rank's bits."""
         if self.observer is None or self.p_NR is None:
             self.update(x_MN)
+        if self.p_NR is None and x_MN.shape[0] > 0:
+            return by_reference(x_MN, dtype)
         p_NR = self._basis(x_MN.device, dtype)
         tensors, z = self.storage.compress(x_MN.to(dtype) @ p_NR, dtype)
         return Kept(tensors, Projected(p_NR, z, self.factored))
@@ -228,6 +233,11 @@ class Subspace(Estimator):
         return self.p_NR is not None
 
     @property
+    def remark(self) -> str:
+        """That it waits for its first basis."""
+        return f"in full until it sees {self.r1} tokens at once" if self._waits and self.p_NR is None else ""
+
+    @property
     def inside(self) -> tuple[Estimator, ...]:
         """That of Z."""
         return (self.storage,)
@@ -236,24 +246,25 @@ class Subspace(Estimator):
         if self.p_NR is None:  # no token yet to make one of; and none to keep, for which any will do
             assert self.width is not None
             return torch.zeros(self.width, self.r1 + self.r2, device=device, dtype=dtype)
-        if self.p_NR.dtype != dtype or self.p_NR.device != device:
-            self.p_NR = self.p_NR.to(device=device, dtype=dtype)
+        self.p_NR = self.p_NR.to(device=device, dtype=dtype)
         return self.p_NR
 
     def label(self) -> str:
         """``r1+r2 of n``, and the bits of Z."""
-        rank = f"{self.r1}+{self.r2} of {self.width}"
-        return rank if self.storage.bits is None else f"{rank}, {self.storage.label()}"
+        bits = "" if self.storage.bits is None else f", {self.storage.label()}"
+        return f"{self.r1}+{self.r2} of {self.width}{bits}"
 
     def bytes_per_token(self, itemsize: int) -> int:
-        """Bytes of a row of Z."""
-        return bytes_per_token(self.r1 + self.r2, self.storage.bits, itemsize)
+        """Bytes of a row of Z, or of x where there is no basis yet."""
+        kept, bits = (self.width or 0, None) if self.remark else (self.r1 + self.r2, self.storage.bits)
+        return bytes_per_token(kept, bits, itemsize)
 
     # --- state -----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """P and the counters: with them a resumed run continues exactly."""
         return {
+            "rank": None if self.width is None else (self.r1, self.r2, self.k, self.rank.orthonormal),
             "p": None if self.p_NR is None else self.p_NR.detach().clone(),
             "q1_step": self._q1_step,
             "q2_step": self._q2_step,
@@ -261,14 +272,16 @@ class Subspace(Estimator):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError if the saved P is of another width or rank than this subspace."""
+        """Raises ValueError if the saved P is of another width, rank or k than this subspace."""
         p_NR = state["p"]
         if p_NR is not None:
             self._fit(p_NR.shape[0])
-            if p_NR.shape[1] != self.r1 + self.r2:
+            ours = (self.r1, self.r2, self.k, self.rank.orthonormal)
+            theirs = tuple(state.get("rank") or ours)  # earlier versions saved none
+            if p_NR.shape[1] != self.r1 + self.r2 or theirs != ours:
                 raise ValueError(
-                    f"{self.name}: the saved subspace has rank {p_NR.shape[1]}, this one {self.r1 + self.r2}; "
-                    "resume with the config that the run was started with."
+                    f"{self.name}: the saved subspace has rank {p_NR.shape[1]}, this one {self.r1 + self.r2} (r1, r2, "
+                    f"k, orthonormal: {theirs}, {ours}); resume with the config that the run was started with."
                 )
         self.p_NR = p_NR
         self._q1_step, self._q2_step = state["q1_step"], state["q2_step"]

@@ -85,6 +85,7 @@ class Record:
     shared: Shared
     stands_for: nn.Module | None = None  # the module in whose place this one is
     calls: int = 1  # in one forward pass of the model
+    kept_anyway: bool = False  # what it reads is kept in full by something else
     suspended: bool = False  # keep everything in full for a while
     due: int = 0  # the optimizer step at which it is to decide again how to keep, where it decides
     dtypes: dict[Any, torch.dtype] = field(default_factory=dict)  # of a norm's output, by what decides them

@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with code 2."""
-        self.exit(2, f"prac: error: {message}; see {self.prog} --help\n")
+        self.exit(2, f"prac: error: {message.rstrip('.')}; see {self.prog} --help\n")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -30,4 +30,4 @@ def parse_keep(text: str) -> Rank | Bits | None:
     except ValueError as error:
         if not str(error).startswith(("invalid literal", "could not convert")):
             raise
-    raise ValueError(f"{text!r} is not R1,R2 or R1,R2,K (perhaps with @8bits), nor 4bits, nor none")
+    raise ValueError(f"{text!r} is not R1,R2 or R1,R2,K (perhaps with /hidden, @8bits), nor 4bits, nor none")
