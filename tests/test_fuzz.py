@@ -52,7 +52,9 @@ MODULES = {
     "RMSNorm block": lambda n, m, bias: Block(n, m, bias, nn.RMSNorm),
 }
 BITS = st.sampled_from([2, 4, 8, 16, 32]).flatmap(
-    lambda bits: st.sampled_from([16, 32, 64, 128]).map(lambda group: prac.Bits(bits, group))
+    lambda bits: st.builds(
+        prac.Bits, st.just(bits), st.sampled_from([16, 32, 64, 128]), st.booleans() if bits <= 8 else st.just(False)
+    )
 )
 SHARES = st.sampled_from([(0.1, 0.1), (0.3, 0.3), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5), (0.1, 0.8)])
 RANKS = st.builds(lambda shares, bits: prac.Rank(*shares, bits=bits), SHARES, st.none() | BITS)

@@ -39,7 +39,9 @@ def compiled_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.skipif(not torch._inductor.config.cpp.cxx[1], reason="no C++ compiler")
-@pytest.mark.parametrize(("bits", "n"), [(Bits(4), 192), (Bits(4), 57), (Bits(8), 90), (Bits(2, group=16), 90)])
+@pytest.mark.parametrize(
+    ("bits", "n"), [(Bits(4), 192), (Bits(4), 57), (Bits(8), 90), (Bits(2, group=16), 90), (Bits(4, 16, True), 80)]
+)
 def test_kernels_agree_with_plain_pytorch(bits: Bits, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way of an MLP's tensors, at odd widths too, to float32 rounding: the codes are the same."""
     calls = compiled_calls(monkeypatch)

@@ -96,7 +96,9 @@ def test_the_limits_of_the_formula() -> None:
 # --- the variance of rounding ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [Bits(2), Bits(4), Bits(8), Bits(4, 7), Bits(2, 5)])
+@pytest.mark.parametrize(
+    "bits", [Bits(2), Bits(4), Bits(8), Bits(4, 7), Bits(2, 5), Bits(4, 32, True), Bits(2, 8, True)]
+)
 @pytest.mark.parametrize("shape", [*SHAPES, (31, 70)])
 def test_rounding_is_the_mean_over_draws(bits: Bits, shape: tuple[int, int]) -> None:
     """100 draws of the dither, on widths that no group divides."""

@@ -219,7 +219,9 @@ def claims(found: list[dict[str, Any]]) -> list[Claim]:
     return made
 
 
-PAPER_SAYS = "PRAC takes 27%, 30%, 36%, 20% and 21% less memory (" + ", ".join(MODELS) + "; 26% for the first, by its GB)"
+PAPER_SAYS = (
+    "PRAC takes 27%, 30%, 36%, 20% and 21% less memory (" + ", ".join(MODELS) + "; 26% for the first, by its GB)"
+)
 
 
 def ours(found: list[dict[str, Any]]) -> str:

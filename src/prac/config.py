@@ -21,31 +21,35 @@ Kind = Literal["linear", "norm", "activation", "attention"]
 class Bits:
     """Keep every direction, in few bits: see :mod:`prac.estimators.codes`.
 
-    Rounding is to the nearest code where a nonlinearity follows, and unbiased where the use is
-    linear; that is the layer's to know and no setting.
+    To the nearest code where a nonlinearity follows, unbiased where the use is linear: that is the layer's to know.
 
     Args:
         bits: 2, 4, 8 or 16 (bfloat16) a value; 32 keeps the tensor as it is, whatever its dtype.
-        group: features of a token that share a scale (two numbers in bfloat16). A width that it
-            does not divide gets the next smaller group that does.
+        group: features of a token that share a scale: two numbers in bfloat16, or one where they are rotated. A width
+            that it does not divide gets another that suits it.
+        rotate: turn each group, whose size is a power of two then, by a Hadamard matrix before it is rounded. Where
+            few values are much larger than the others, as on weights that are trained, 4 bits lose half as much.
     """
 
     bits: int = 4
     group: int = 64
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 4, 8, 16, 32):
             raise ValueError(f"bits must be 2, 4, 8, 16 or 32, got {self.bits!r}.")
         if isinstance(self.group, bool) or not isinstance(self.group, int) or self.group < 4:
             raise ValueError(f"group must be a whole number of at least 4 features, got {self.group!r}.")
+        if not isinstance(self.rotate, bool) or (self.rotate and (self.bits > 8 or self.group & (self.group - 1))):
+            raise ValueError(f"rotate must be False but for 8 bits and fewer in groups of a power of two, got {self}.")
 
     @property
     def label(self) -> str:
         """For a table: ``4 bits``."""
-        return "in full" if self.bits == 32 else f"{self.bits} bits"
+        return "in full" if self.bits == 32 else f"{self.bits} bits" + (", rotated" if self.rotate else "")
 
     def __str__(self) -> str:
-        return f"{self.bits}bits"
+        return ("rotated" if self.rotate else "") + f"{self.bits}bits"
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,7 @@ class Rank:
         k: scale of the random part, in units of the unbiased ``k0 = (n - r1) / r2``.
             Anything but 1.0 biases the estimate; it is here for the ablation of Figure 7.
         bits: how Z is kept; None in the activation's own dtype, as the paper has it.
-        orthonormal: False leaves the random directions as they are drawn, Gaussian of variance 1/r2 (outside the
-            principal ones): also unbiased, noisier, and what CompAct and RSO do.
+        orthonormal: False leaves random directions as they are drawn, Gaussian of variance 1/r2: as unbiased, noisier.
         of: what a float is a fraction of: the tensor's own ``"width"``, or the ``"hidden"`` size, which is the width
             that the linear layer before it reads (of a GELU four times less). Where none ran before, or one that reads
             more, its own width.
@@ -154,8 +157,8 @@ def _count(value: float | int, width: int) -> int:
 class Factors:
     """Keep two factors of a low-rank approximation that is made anew in every forward pass, as LoRAct does.
 
-    See :mod:`prac.estimators.factors`. No basis is carried from step to step, and nothing has to be refreshed; the
-    price is a decomposition each time, and a bias: what is outside the rank is gone.
+    See :mod:`prac.estimators.factors`. Nothing is carried from step to step, and nothing has to be refreshed; the price
+    is a decomposition each time, and a bias: what is outside the rank is gone.
 
     Args:
         rank: a float is a fraction of the width (the compression ratio r), an int a number of directions.
@@ -208,8 +211,7 @@ class Config:
             to attention, in full. For models of transformers that run "sdpa".
         T1: optimizer steps between refreshes of the principal basis Q1; None keeps the first one for good, which is
             best made of several batches (:func:`prac.convert.calibrate.calibrate`).
-        T2: optimizer steps between refreshes of the random basis Q2, or None. Q2 is also redrawn
-            whenever Q1 changes, or it would no longer be orthogonal to it.
+        T2: optimizer steps between refreshes of the random basis Q2, or None. Q2 is also redrawn whenever Q1 changes.
         growth: if above 0, no interval of a norm or an activation is longer than this share of the steps before it: 0.1
             refreshes at steps 0 to 20, then 22, 24, …, 30, 33, 36, …, until an interval is as long as T1 or T2, at
             step T/growth. Early in training a stale basis does harm there (``docs/algorithm.md``); to linear layers it
@@ -217,10 +219,8 @@ class Config:
         factored: leave the weight gradients of linear layers that keep a rank or factors in two factors, through
             accumulation and clipping into the optimizer (:class:`prac.optim.FactoredGradient`). Not together with
             ``group``.
-        seed: seed of the random bases and of the rounding. Each layer draws from its own
-            generator, so the user's random state is never touched.
-        min_width: layers with narrower inputs are left alone: there P would cost more
-            than it saves (LoRA's second factor, for one).
+        seed: of the random bases and of the rounding. Each layer draws from a generator of its own, not the user's.
+        min_width: layers with narrower inputs are left alone, since P would cost more there than it saves.
         layers: single linear layers and norms, by module name, that keep theirs otherwise than their kind does. Of
             layers that share an input the first is named, of a norm group the norm. :func:`prac.allocation.allocate`
             fills it.

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from prac.config import Bits
 from prac.estimators.bases import TOKENS_PER_SLICE
-from prac.estimators.codes import Coding, layout, store
+from prac.estimators.codes import Coding, layout, store, turned
 
 
 class Tails(NamedTuple):
@@ -122,6 +122,11 @@ def _rounded(x_MN: Tensor, bits: Bits) -> Tensor:
         return (x_MN.to(wide) - store(x_MN, Coding(bits))[0].to(wide)).square()
     m, n = x_MN.shape
     group, width = layout(n, bits)
+    if bits.rotate:  # what is rounded is turned: each feature has an equal part of its group's
+        parts, step_M1G = turned(x_MN, bits)
+        share_MRG = torch.cat(parts, dim=1).frac()
+        variance_M1G = step_M1G.square() * (share_MRG * (1 - share_MRG)).mean(1, keepdim=True) / group
+        return variance_M1G.expand_as(share_MRG).reshape(m, width)[:, :n]
     _, low_MG, step_MG = store(x_MN, Coding(bits))
     padded_MN = torch.nn.functional.pad(x_MN.to(wide), (0, width - n))
     step_MG1, low_MG1 = step_MG.to(wide).unsqueeze(-1), low_MG.to(wide).unsqueeze(-1)

@@ -1,37 +1,51 @@
 """Few-bit storage: 2, 4, 8 or 16 bits a value, packed, with one scale for each group of features.
 
-A group of features of one token is mapped to the integers 0 … 2ᵇ − 1 by its own minimum and step,
+A value is kept as an integer 0 … 2ᵇ − 1 in units of its group's step,
 
-    code = ⌊(x − low) / step + u⌋,      x ≈ low + step · code,
+    code = ⌊v / step + u⌋,
 
-where u = ½ rounds to the nearest code and a uniform u in [0, 1) rounds without bias. ``low`` and
-``step`` are kept in bfloat16, rounded outwards, so that no code is ever clipped. For Gaussian values
-in groups of 64 the relative error (r.m.s.) is about
+where u = ½ rounds to the nearest code and a uniform u in [0, 1) rounds without bias. Steps are kept in bfloat16,
+rounded outwards, so that no code is ever clipped. There are two kinds of groups.
+
+*Rotated* (:attr:`prac.Bits.rotate`). A group of features is turned by an orthonormal matrix first and back afterwards,
+which spreads a value that is much larger than the others over all of them; without, the others would all have the same
+code. Turning is linear, so what is unbiased stays unbiased, and is additions alone (:mod:`prac.estimators.hadamard`).
+What is turned lies around 0, so one number a group is enough: v goes from −2ᵇ⁻¹ to 2ᵇ⁻¹ − 1 steps, and the step's sign
+gives the longer side to the larger extreme. Zero is a code, but with 2 bits, where that would be one of four: there v
+is −1.5 to 1.5. QuaRot (Ashkboos et al. 2024, arXiv:2404.00456) and HOT (Kim et al. 2025, arXiv:2503.21261) rotate too.
+
+*As they are*: a group of 64 has its minimum and its step, v = x − low.
+
+For Gaussian values the relative error (r.m.s.) is about
 
     =====  =======  ==========  =============
     bits   nearest  stochastic  bits a value
     =====  =======  ==========  =============
     8      0.5%     0.8%        8.5
-    4      9%       13%         4.5
-    2      45%      65%         2.5
+    4      9%       12 to 13%   4.5
+    2      46%      65%         2.5
     =====  =======  ==========  =============
 
-and it halves with each bit. Why not a library: torchao's primitives leave 4-bit codes in a byte each, bitsandbytes'
-code books are for weights, made once; neither rounds without bias, nor in the same pass over memory that makes the
-tensor (:mod:`prac.ops.kernels`).
+in groups of 64, or of 32 that are rotated, and it halves with each bit. Why not a library: torchao's primitives leave
+4-bit codes in a byte each, bitsandbytes' code books are for weights, made once; neither rounds without bias, nor in the
+same pass over memory that makes the tensor (:mod:`prac.ops.kernels`).
 
 Two codes of 4 bits share a byte as the two halves of the row do,
-not as neighbours do: that keeps reads and writes in order for vector units.
+not as neighbours do: that keeps reads and writes in order for vector units. The features of a rotated group lie as far
+apart as there are groups, for the same reason.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from prac.config import Bits
+from prac.estimators.hadamard import cut, turn, turn_back
 
 Tensors = tuple[Tensor, ...]
 # One number per token and one per feature; their sum modulo 1 is u.
@@ -53,17 +67,19 @@ class Codes(NamedTuple):
     n: int
 
 
-PER_GROUP_BYTES = 4  # low and step
-
-
 def layout(n: int, bits: Bits) -> tuple[int, int]:
     """The group and the width that are stored for n features.
 
-    The group is the largest divisor of n (rounded up to whole bytes) that is at most ``bits.group``
-    and a multiple of 16, for vector units, or else at least half of ``bits.group``. A width without
+    Rotated groups are of the power of two, up to ``bits.group``, that takes the fewest bytes; what is missing of one is
+    padded with zeros. Else the group is the largest divisor of n (rounded up to whole bytes) that is at most
+    ``bits.group`` and a multiple of 16, for vector units, or else at least half of ``bits.group``. A width without
     either is padded to a multiple of ``bits.group``.
     """
     per_byte = max(1, 8 // bits.bits)
+    if bits.rotate:
+        sizes = [(group, -(-n // group) * group) for group in _powers_of_two(bits.group)]
+        fewest = min([_bytes(*size, bits) for size in sizes])
+        return next(size for size in sizes if _bytes(*size, bits) == fewest)
     width = -(-n // per_byte) * per_byte
     most = min(width, bits.group)
     for group in (*range(most // 16 * 16, 0, -16), *range(most, most // 2, -1)):
@@ -80,8 +96,17 @@ def bytes_per_token(n: int, bits: Bits | None, itemsize: int) -> int:
         return n * itemsize
     if bits.bits == 16:
         return n * min(itemsize, 2)
-    group, width = layout(n, bits)
-    return width * bits.bits // 8 + width // group * PER_GROUP_BYTES
+    return _bytes(*layout(n, bits), bits)
+
+
+def _bytes(group: int, width: int, bits: Bits) -> int:
+    """Codes, and for each group its step; and its minimum where it is not rotated."""
+    return width * bits.bits // 8 + width // group * (2 if bits.rotate else 4)
+
+
+def _powers_of_two(most: int) -> Iterator[int]:
+    """From the largest down to 4, which fill a byte with codes of 2 bits."""
+    return (2**i for i in range(most.bit_length() - 1, 1, -1))
 
 
 def dither(m: int, n: int, bits: Bits, device: torch.device, generator: torch.Generator) -> Dither:
@@ -102,14 +127,23 @@ def store(x_MN: Tensor, coding: Coding) -> Tensors:
     """Write ``x_MN``.
 
     Returns:
-        codes (M, n · bits / 8) in uint8, low and step (M, groups) in bfloat16; or x alone, in
-        bfloat16 where bits = 16. Zeros stay zeros; NaN and Inf come back as NaN or Inf.
+        codes (M, n · bits / 8) in uint8, then (M, groups) in bfloat16 the step, of rotated groups divided by their
+        size, or low and step; or x alone, in bfloat16 where bits = 16. Tokens of zeros stay so; NaN and Inf come back
+        as NaN or Inf.
     """
     bits, dither = coding
     if bits is None or bits.bits == 32:
         return (x_MN,)
     if bits.bits == 16:
         return (x_MN.to(torch.bfloat16) if x_MN.dtype.itemsize > 2 else x_MN,)
+    if bits.rotate:
+        parts, step_M1G = turned(x_MN, bits)
+        us: Sequence[Tensor | float] = [0.5] * len(parts)
+        if dither is not None:
+            us = _uniform(dither, step_M1G.shape[2], len(parts))
+        codes = [(part + u).floor().to(torch.uint8) for part, u in zip(parts, us, strict=True)]
+        group = sum(part.shape[1] for part in parts)
+        return _pack(codes, bits.bits).flatten(1), (step_M1G / group).squeeze(1).to(torch.bfloat16)
     m, n = x_MN.shape
     (group, width), top = layout(n, bits), 2**bits.bits - 1
     x_MN = x_MN.to(torch.promote_types(x_MN.dtype, torch.float32))
@@ -128,7 +162,39 @@ def store(x_MN: Tensor, coding: Coding) -> Tensors:
         codes_MGS = codes_MGS + (u_MN - u_MN.floor()).reshape(m, width // group, group)
     codes_MN = codes_MGS.floor().clamp(0, top).to(torch.uint8).reshape(m, width)
     low_MG, step_MG = (t.squeeze(-1).to(torch.bfloat16) for t in (low_MG1, step_MG1))
-    return _pack(codes_MN, bits.bits), low_MG, step_MG
+    return _pack(codes_MN.chunk(8 // bits.bits, dim=1), bits.bits), low_MG, step_MG
+
+
+def turned(x_MN: Tensor, bits: Bits) -> tuple[list[Tensor], Tensor]:
+    """The rotated groups of ``x_MN`` in steps from the lowest code, in pieces (M, r, G), and signed steps (M, 1, G).
+
+    The rotation is not scaled: what is turned is √R times as large, and so are the steps.
+    """
+    (m, n), (group, width) = x_MN.shape, layout(x_MN.shape[1], bits)
+    x_MN = torch.nn.functional.pad(x_MN.to(torch.promote_types(x_MN.dtype, torch.float32)), (0, width - n))
+    parts = turn(cut(x_MN.reshape(m, group, width // group), 8 // bits.bits))
+    high_M1G = functools.reduce(torch.maximum, [part.amax(1, keepdim=True) for part in parts])
+    low_M1G = functools.reduce(torch.minimum, [part.amin(1, keepdim=True) for part in parts])
+    longer, shorter = torch.maximum(high_M1G, -low_M1G), torch.minimum(high_M1G, -low_M1G)
+    lowest = _lowest(bits)
+    step_M1G = torch.maximum(longer / -lowest, shorter / (2**bits.bits - 1 + lowest))
+    step_M1G = _bfloat16(step_M1G * (1 + 2**-7))
+    step_M1G = torch.where(high_M1G > -low_M1G, -step_M1G, step_M1G)
+    inverse_M1G = torch.where(step_M1G == 0, 0.0, 1.0 / step_M1G)
+    return [part * inverse_M1G - lowest for part in parts], step_M1G
+
+
+def _lowest(bits: Bits) -> float:
+    """What code 0 of a rotated group stands for, in steps."""
+    return -1.5 if bits.bits == 2 else -(2 ** (bits.bits - 1))
+
+
+def _uniform(dither: Dither, groups: int, count: int) -> list[Tensor]:
+    """Numbers u for each of so many pieces."""
+    a_M1, b_N = dither
+    b_1RG = b_N.view(1, -1, groups)
+    sums = [a_M1.unsqueeze(2) + b_1rG for b_1rG in b_1RG.chunk(count, dim=1)]
+    return [u - u.floor() for u in sums]
 
 
 def load(codes: Codes, dtype: torch.dtype) -> Tensor:
@@ -136,10 +202,15 @@ def load(codes: Codes, dtype: torch.dtype) -> Tensor:
     (codes_MB, *scales), bits, n = codes
     if bits is None or bits.bits >= 16:
         return codes_MB.to(dtype)
-    low_MG, step_MG = scales
     m, (group, width) = codes_MB.shape[0], layout(n, bits)
     work = torch.promote_types(dtype, torch.float32)
-    codes_MN = _unpack(codes_MB, bits.bits) if width == n else _unpack_slowly(codes_MB, bits.bits)
+    if bits.rotate:
+        packed_MRG = codes_MB.view(m, group * bits.bits // 8, width // group)
+        parts = [part.to(work) + _lowest(bits) for part in _unpacked(cut(packed_MRG, 1), bits.bits)]
+        step_M1G = scales[0].to(work).unsqueeze(1)
+        return torch.cat([part * step_M1G for part in turn_back(parts)], dim=1).reshape(m, width)[:, :n].to(dtype)
+    low_MG, step_MG = scales
+    codes_MN = torch.cat(_unpacked([codes_MB], bits.bits), dim=1) if width == n else _unpack_slowly(codes_MB, bits.bits)
     codes_MGS = codes_MN.reshape(m, width // group, group).to(work)
     x_MGS = codes_MGS * step_MG.to(work).unsqueeze(-1) + low_MG.to(work).unsqueeze(-1)
     return x_MGS.reshape(m, width)[:, :n].to(dtype)
@@ -155,19 +226,23 @@ def _bfloat16(x: Tensor) -> Tensor:
     return ((bits + 0x8000) & -0x10000).view(torch.float32).to(x.dtype)
 
 
-def _pack(codes_MN: Tensor, bits: int) -> Tensor:
-    parts = codes_MN.chunk(8 // bits, dim=1)
-    packed = parts[0]
-    for i, part in enumerate(parts[1:], 1):
-        packed = packed | (part << (i * bits))
-    return packed
+def _pack(parts: Sequence[Tensor], bits: int) -> Tensor:
+    """Codes in bytes, given in pieces along the second dimension; the first piece of each half, quarter share bytes."""
+    rows = len(parts) * bits // 8
+    packed = [
+        functools.reduce(
+            torch.bitwise_or, [part << (i * bits) if i else part for i, part in enumerate(parts[row::rows])]
+        )
+        for row in range(rows)
+    ]
+    return torch.cat(packed, dim=1)
 
 
-def _unpack(packed_MB: Tensor, bits: int) -> Tensor:
+def _unpacked(packed: Sequence[Tensor], bits: int) -> list[Tensor]:
+    """The inverse, in pieces too."""
     if bits == 8:
-        return packed_MB
-    mask = 2**bits - 1
-    return torch.cat([(packed_MB >> (i * bits)) & mask for i in range(8 // bits)], dim=1)
+        return list(packed)
+    return [(piece >> (i * bits)) & (2**bits - 1) for i in range(8 // bits) for piece in packed]
 
 
 def _unpack_slowly(packed_MB: Tensor, bits: int) -> Tensor:
