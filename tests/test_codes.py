@@ -228,6 +228,7 @@ def test_estimator_on_odd_shapes(shape: tuple[int, ...]) -> None:
         {"group": 2},
         {"group": 16.0},
         {"group": 48, "rotate": True},
+        {"group": 2048, "rotate": True},
         {"bits": 16, "rotate": True},
         {"rotate": "no"},
     ],

@@ -27,8 +27,8 @@ class Bits:
         bits: 2, 4, 8 or 16 (bfloat16) a value; 32 keeps the tensor as it is, whatever its dtype.
         group: features of a token that share a scale: two numbers in bfloat16, or one where they are rotated. A width
             that it does not divide gets another that suits it.
-        rotate: turn each group, whose size is a power of two then, by a Hadamard matrix before it is rounded. Where
-            few values are much larger than the others, as on weights that are trained, 4 bits lose half as much.
+        rotate: turn each group, a power of two, by a Hadamard matrix before it is rounded. Where few values are much
+            larger than the others, as on weights that are trained, 4 bits lose half as much.
     """
 
     bits: int = 4
@@ -40,8 +40,9 @@ class Bits:
             raise ValueError(f"bits must be 2, 4, 8, 16 or 32, got {self.bits!r}.")
         if isinstance(self.group, bool) or not isinstance(self.group, int) or self.group < 4:
             raise ValueError(f"group must be a whole number of at least 4 features, got {self.group!r}.")
-        if not isinstance(self.rotate, bool) or (self.rotate and (self.bits > 8 or self.group & (self.group - 1))):
-            raise ValueError(f"rotate must be False but for 8 bits and fewer in groups of a power of two, got {self}.")
+        suits = self.bits <= 8 and self.group in (4, 8, 16, 32, 64, 128, 256, 512, 1024)
+        if not isinstance(self.rotate, bool) or (self.rotate and not suits):
+            raise ValueError(f"rotate must be False, or with up to 8 bits and a power of two up to 1024, got {self}.")
 
     @property
     def label(self) -> str:
@@ -213,9 +214,8 @@ class Config:
             best made of several batches (:func:`prac.convert.calibrate.calibrate`).
         T2: optimizer steps between refreshes of the random basis Q2, or None. Q2 is also redrawn whenever Q1 changes.
         growth: if above 0, no interval of a norm or an activation is longer than this share of the steps before it: 0.1
-            refreshes at steps 0 to 20, then 22, 24, …, 30, 33, 36, …, until an interval is as long as T1 or T2, at
-            step T/growth. Early in training a stale basis does harm there (``docs/algorithm.md``); to linear layers it
-            does none. At most 1; 0 for fixed intervals.
+            refreshes at steps 0 to 20, then 22, 24, …, 30, 33, 36, …, until an interval is as long as T1 or T2. Early in
+            training a stale basis does harm there, and none to linear layers. At most 1; 0 for fixed intervals.
         factored: leave the weight gradients of linear layers that keep a rank or factors in two factors, through
             accumulation and clipping into the optimizer (:class:`prac.optim.FactoredGradient`). Not together with
             ``group``.

@@ -12,6 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# −1 where the number of a row, in binary, has an odd number of pairs of ones (of 111 two). Groups are no larger.
+SIGNS = [1 - 2 * ((i & (i >> 1)).bit_count() & 1) for i in range(1024)]
+
 
 def cut(x_MRG: Tensor, count: int) -> list[Tensor]:
     """``count`` pieces along R; where it is compiled R of them, so that a compiler sees sums of whole tensors."""
@@ -47,8 +50,8 @@ def _hadamard(parts: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _flipped(parts: Sequence[Tensor]) -> list[Tensor]:
-    """D x, in pieces: −1 where the number of a row, in binary, has an odd number of pairs of ones (of 111 two)."""
-    signs = [1 - 2 * ((i & (i >> 1)).bit_count() & 1) for i in range(sum(part.shape[1] for part in parts))]
+    """D x, in pieces."""
+    signs = SIGNS[: sum(part.shape[1] for part in parts)]
     if all(part.shape[1] == 1 for part in parts):
         return [part if sign > 0 else -part for part, sign in zip(parts, signs, strict=True)]
     first, found = 0, []
