@@ -214,8 +214,8 @@ class Config:
             best made of several batches (:func:`prac.convert.calibrate.calibrate`).
         T2: optimizer steps between refreshes of the random basis Q2, or None. Q2 is also redrawn whenever Q1 changes.
         growth: if above 0, no interval of a norm or an activation is longer than this share of the steps before it: 0.1
-            refreshes at steps 0 to 20, then 22, 24, …, 30, 33, 36, …, until an interval is as long as T1 or T2. Early in
-            training a stale basis does harm there, and none to linear layers. At most 1; 0 for fixed intervals.
+            refreshes at steps 0 to 20, then 22, 24, …, 30, 33, 36, …, until an interval is as long as T1 or T2. Early
+            in training a stale basis does harm there, and none to linear layers. At most 1; 0 for fixed intervals.
         factored: leave the weight gradients of linear layers that keep a rank or factors in two factors, through
             accumulation and clipping into the optimizer (:class:`prac.optim.FactoredGradient`). Not together with
             ``group``.
