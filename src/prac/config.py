@@ -248,12 +248,12 @@ class Config:
             if keep is not None and not isinstance(keep, Rank | Bits | Factors):
                 example = f"Bits({keep})" if keep in (2, 4, 8, 16, 32) else "Bits(8), Rank(0.3, 0.3)"
                 raise ValueError(f"{name} must be a Rank, Bits, Factors or None, got {keep!r}: write {name}={example}.")
-        for name in ("T1", "T2", "min_width", "seed"):
-            value, least = getattr(self, name), -math.inf if name == "seed" else 1
+        for name, least in (("T1", 1), ("T2", 1), ("min_width", 1), ("seed", None)):
+            value, bound = getattr(self, name), "" if least is None else f" of at least {least}"
             if value is None and name in ("T1", "T2"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+            if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+                raise ValueError(f"{name} must be a whole number{bound}, got {value!r}.")
         if not _is_number(self.growth) or not 0 <= self.growth <= 1:
             raise ValueError(f"growth must be a number from 0 (fixed intervals) to 1, got {self.growth!r}.")
         for name in ("product", "last_norm", "renormalise", "factored"):
