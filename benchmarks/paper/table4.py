@@ -116,6 +116,9 @@ def prepare(name: str, arguments: Any) -> Method:
     method = Method(name, model, handle, optimizer, arguments.seq_len, device, arguments.vocabulary)
     for _ in range(2):
         method.seconds(arguments.batch_size)
+    if handle is not None:  # past the first steps, at which norms are refreshed with growing intervals
+        meters.until_refresh(handle)
+        method.seconds(arguments.batch_size)
     return method
 
 
