@@ -65,6 +65,14 @@ SETTINGS = {
     "small, attention in 8 bits": SMALL.replace(attention_bits=8),
     "small, attention in full": each(Bits(4)),
     "small, attention in full, rotated": each(rotated(4)),
+    "small, attention in full, rotated, activations in 8 bits": each(rotated(4)).replace(activation=Bits(8)),
+    "small, attention in full, activations companded": each(Bits(4)).replace(activation=Bits(4, compand=True)),
+    "small, attention in full, rotated, activations companded": each(rotated(4)).replace(
+        activation=Bits(4, compand=True)
+    ),
+    "small, rotated, activations companded": each(rotated(4)).replace(
+        activation=Bits(4, compand=True), attention_bits=4
+    ),
 }
 
 

@@ -41,7 +41,16 @@ def test_a_rank_of_the_hidden_size() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["0.2,0.2/hidden", "0.3,0.1,0.5/hidden@8bits", "64,0.2@4bits", "0.3,0.3", "8bits", "rotated4bits"]
+    "text",
+    [
+        "0.2,0.2/hidden",
+        "0.3,0.1,0.5/hidden@8bits",
+        "64,0.2@4bits",
+        "0.3,0.3",
+        "8bits",
+        "rotated4bits",
+        "companded4bits",
+    ],
 )
 def test_text_and_back(text: str) -> None:
     assert str(parse_keep(text)) == text

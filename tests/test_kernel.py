@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import pytest
@@ -40,15 +41,18 @@ def compiled_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.skipif(not torch._inductor.config.cpp.cxx[1], reason="no C++ compiler")
 @pytest.mark.parametrize(
-    ("bits", "n"), [(Bits(4), 192), (Bits(4), 57), (Bits(8), 90), (Bits(2, group=16), 90), (Bits(4, 16, True), 80)]
-)
-def test_kernels_agree_with_plain_pytorch(bits: Bits, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ("nonlinear", "n"),
+    [(Bits(4), 192), (Bits(4), 57), (Bits(8), 90), (Bits(2, group=16), 90), (Bits(4, 16, True), 80),
+     (Bits(4, compand=True), 100), (Bits(8, compand=True), 59)],
+)  # fmt: skip
+def test_kernels_agree_with_plain_pytorch(nonlinear: Bits, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way of an MLP's tensors, at odd widths too, to float32 rounding: the codes are the same."""
     calls = compiled_calls(monkeypatch)
     m = 37
     generator = torch.Generator().manual_seed(0)
     x, g, u, dh = torch.randn(4, m, n, generator=generator)
     weight, bias = torch.randn(2, n, generator=generator)
+    bits = dataclasses.replace(nonlinear, compand=False)
     noise = dither(m, n, bits, x.device, generator)
 
     def everything() -> list[torch.Tensor]:
@@ -57,8 +61,8 @@ def test_kernels_agree_with_plain_pytorch(bits: Bits, n: int, monkeypatch: pytes
         read = kernels.read_normalised(xhat, weight, bias, x.dtype)
         dx = kernels.norm_input_grad(g, rho, xhat, weight, None, True, x.dtype)
         dw = kernels.norm_weight_grad(g, xhat)
-        h, kept_g, kept_u = kernels.gated(g, u, "silu", Coding(bits), Coding(bits))
-        back = kernels.gated_backward(dh, Codes(kept_g, bits, n), Codes(kept_u, bits, n), "gelu_tanh", True)
+        h, kept_g, kept_u = kernels.gated(g, u, "silu", Coding(nonlinear), Coding(nonlinear))
+        back = kernels.gated_backward(dh, Codes(kept_g, nonlinear, n), Codes(kept_u, nonlinear, n), "gelu_tanh", True)
         return [y, rho, read, dx, dw, h, *back, kernels.inner(g, u, bias)]
 
     fast = everything()
@@ -76,13 +80,15 @@ def test_kernels_agree_with_plain_pytorch(bits: Bits, n: int, monkeypatch: pytes
 def test_nothing_is_written_but_what_comes_out(bits: int) -> None:
     """One pass over memory: no code lies there in float32 before it is packed."""
     m, n = 2048, 160  # whose groups lie across the two halves of a row
-    few = Bits(bits, group=32)
+    few, companded = Bits(bits, group=32), Bits(bits, group=32, compand=True)
     generator = torch.Generator().manual_seed(0)
     g, u = torch.randn(2, m, n, generator=generator)
     noise = dither(m, n, few, g.device, generator)
     for kernel in (
         lambda: kernels.gated(g, u, "silu", Coding(few), Coding(few)),
         lambda: kernels.activated(g, "gelu_tanh", Coding(few)),
+        lambda: kernels.gated(g, u, "silu", Coding(companded), Coding(companded)),
+        lambda: kernels.activated(g, "gelu_tanh", Coding(companded)),
         lambda: kernels.normalise(g, None, None, 1e-5, False, g.dtype, Coding(few, noise)),
     ):
         size = sum(t.nbytes for t in tree_leaves(kernel()))

@@ -45,6 +45,7 @@ CONFIGS = prac.PRESETS | {
     "32 bits": everywhere(Bits(32)),
     "odd groups": everywhere(Bits(4, group=48)),
     "rotated": everywhere(Bits(4, 32, rotate=True)),
+    "companded": everywhere(Bits(4)).replace(activation=Bits(4, compand=True)),
     "factors": everywhere(Factors(0.25, iterations=1)),
     "factors, gaussian": everywhere(Factors(0.25, sketch="gaussian")),
     "in 4 bits": everywhere(Rank(0.2, 0.2, bits=Bits(4))),

@@ -29,11 +29,13 @@ class Bits:
             that it does not divide gets another that suits it.
         rotate: turn each group, a power of two, by a Hadamard matrix before it is rounded. Where few values are much
             larger than the others, as on weights that are trained, 4 bits lose half as much.
+        compand: codes of asinh(x), finer around 0: for ``activation`` alone, since they cannot be rounded without bias.
     """
 
     bits: int = 4
     group: int = 64
     rotate: bool = False
+    compand: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 4, 8, 16, 32):
@@ -43,14 +45,17 @@ class Bits:
         suits = self.bits <= 8 and self.group in (4, 8, 16, 32, 64, 128, 256, 512, 1024)
         if not isinstance(self.rotate, bool) or (self.rotate and not suits):
             raise ValueError(f"rotate must be False, or with up to 8 bits and a power of two up to 1024, got {self}.")
+        if not isinstance(self.compand, bool) or (self.compand and (self.rotate or self.bits > 8)):
+            raise ValueError(f"compand must be False, or with up to 8 bits and without rotate, got {self!r}.")
 
     @property
     def label(self) -> str:
         """For a table: ``4 bits``."""
-        return "in full" if self.bits == 32 else f"{self.bits} bits" + (", rotated" if self.rotate else "")
+        how = ", rotated" if self.rotate else ", companded" if self.compand else ""
+        return "in full" if self.bits == 32 else f"{self.bits} bits{how}"
 
     def __str__(self) -> str:
-        return ("rotated" if self.rotate else "") + f"{self.bits}bits"
+        return f"{'rotated' if self.rotate else 'companded' if self.compand else ''}{self.bits}bits"
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,11 @@ class Rank:
     """How many directions of an activation are kept: ``r1`` principal, ``r2`` random.
 
     Args:
-        r1: principal directions. A float is a fraction of the width n (floored, as in
-            the paper), an int is a number of directions.
-        r2: random directions, likewise. ``r2 = 0`` is PAC (biased), ``r1 = 0`` is RAC
-            (unbiased, high variance); see Table 1.
-        k: scale of the random part, in units of the unbiased ``k0 = (n - r1) / r2``.
-            Anything but 1.0 biases the estimate; it is here for the ablation of Figure 7.
+        r1: principal directions. A float is a fraction of the width n (floored, as in the paper), an int a number.
+        r2: random directions, likewise. ``r2 = 0`` is PAC (biased), ``r1 = 0`` is RAC (unbiased, high variance); see
+            Table 1.
+        k: scale of the random part, in units of the unbiased ``k0 = (n - r1) / r2``. Anything but 1.0 biases the
+            estimate; it is here for the ablation of Figure 7.
         bits: how Z is kept; None in the activation's own dtype, as the paper has it.
         orthonormal: False leaves random directions as they are drawn, Gaussian of variance 1/r2: as unbiased, noisier.
         of: what a float is a fraction of: the tensor's own ``"width"``, or the ``"hidden"`` size, which is the width
@@ -123,8 +127,7 @@ class Rank:
             hidden: what a fraction is of, where it is of the hidden size.
 
         Raises:
-            ValueError: if nothing is left after flooring, or ``r1 + r2 > width``; the
-                message names ``where`` and says what to change.
+            ValueError: if nothing is left after flooring, or ``r1 + r2 > width``.
         """
         whole = width if self.of == "width" or hidden is None else min(hidden, width)
         r1, r2 = (_count(value, whole) for value in (self.r1, self.r2))
@@ -133,15 +136,11 @@ class Rank:
             r1, r2 = (r1, r2 + more) if r2 else (r1 + more, r2)
         layer = f"{where}: " if where else ""
         if r1 + r2 == 0:
-            raise ValueError(
-                f"{layer}rank ({self.r1}, {self.r2}) of a width of {whole} is 0 directions. "
-                "Raise the rank, or exclude the layer."
-            )
+            said = f"{layer}rank ({self.r1}, {self.r2}) of a width of {whole} is 0 directions."
+            raise ValueError(f"{said} Raise the rank, or exclude the layer.")
         if r1 + r2 > width:
-            raise ValueError(
-                f"{layer}r1 + r2 = {r1} + {r2} = {r1 + r2} exceeds the width {width}. "
-                "Lower the rank, or exclude the layer."
-            )
+            said = f"{layer}r1 + r2 = {r1} + {r2} = {r1 + r2} exceeds the width {width}."
+            raise ValueError(f"{said} Lower the rank, or exclude the layer.")
         return r1, r2
 
 
@@ -158,8 +157,8 @@ def _count(value: float | int, width: int) -> int:
 class Factors:
     """Keep two factors of a low-rank approximation that is made anew in every forward pass, as LoRAct does.
 
-    See :mod:`prac.estimators.factors`. Nothing is carried from step to step, and nothing has to be refreshed; the price
-    is a decomposition each time, and a bias: what is outside the rank is gone.
+    See :mod:`prac.estimators.factors`. Nothing is carried from step to step; the price is a decomposition each time,
+    and a bias: what is outside the rank is gone.
 
     Args:
         rank: a float is a fraction of the width (the compression ratio r), an int a number of directions.
@@ -198,18 +197,18 @@ class Config:
         linear: inputs of linear layers that nothing else keeps already.
         norm: inputs of LayerNorm and RMSNorm; with ``group`` set, the normalised x̂ of the norms
             that are not a group of their own.
-        activation: inputs of GELU, SiLU and of the gated product ``silu(g) * u`` (both g and u).
-            With Bits the output is not kept either: what reads it computes it again.
+        activation: inputs of GELU, SiLU and of the gated product ``silu(g) * u`` (both g and u). With Bits the output
+            is not kept either: what reads it computes it again.
         product: False leaves gated products alone: of ``silu(g) * u`` the input of ``silu`` is compressed, and both
             factors stay in full.
         last_norm: False leaves the norm that runs last in full, through which every gradient goes where the model has
             one trunk; of two towers it is the second one's.
         renormalise: norms that keep an input of their own at a rank scale the estimate of x̂ to the length that x̂ has, a
             token at a time (:func:`prac.ops.rms_norm`). Those that share x̂, with ``group`` set, do not.
-        group: None has every layer keep an input of its own, as in the paper. Otherwise a norm and the
-            linear layers that alone read its output (q, k, v; gate, up) keep its x̂, once for all.
-        attention_bits: keep q, k, v and the output of attention in so many bits; None leaves them
-            to attention, in full. For models of transformers that run "sdpa".
+        group: None has every layer keep an input of its own, as in the paper. Otherwise a norm and the linear layers
+            that alone read its output (q, k, v; gate, up) keep its x̂, once for all.
+        attention_bits: keep q, k, v and the output of attention in so many bits; None leaves them to attention, in
+            full. For models of transformers that run "sdpa".
         T1: optimizer steps between refreshes of the principal basis Q1; None keeps the first one for good, which is
             best made of several batches (:func:`prac.convert.calibrate.calibrate`).
         T2: optimizer steps between refreshes of the random basis Q2, or None. Q2 is also redrawn whenever Q1 changes.

@@ -36,8 +36,8 @@ def test_the_noise_of_one_seed_is_that_of_the_committed_benchmark():
 
 def test_a_difference_has_its_own_spread_or_one_that_is_said_to_be_borrowed():
     assert noise.difference([0.02, 0.04]) == "+0.030 ± 0.014"
-    assert noise.difference([-0.02]) == "−0.020 (± 0.016)"
-    assert noise.difference([-0.0001]) == "+0.000 (± 0.016)"
+    assert noise.difference([-0.02]) == "−0.020 (± 0.015)"
+    assert noise.difference([-0.0001]) == "+0.000 (± 0.015)"
     assert noise.deviation([0.1]) == noise.ONE_SEED and noise.deviation([0.1, 0.1]) == 0
 
 
@@ -47,7 +47,7 @@ THREE = ONE + [measured(m, s, loss) for s in (1, 2) for m, loss in (("plain", 5.
 
 def test_one_seed_is_shown_with_the_noise_of_three(page):
     text = page(ONE)
-    assert "+0.027 (±\u00a00.016)" in text and "−0.006 (±\u00a00.016)" in text
+    assert "+0.027 (±\u00a00.015)" in text and "−0.006 (±\u00a00.015)" in text
     assert text.count("validation loss of one seed; under about 0.03 is noise") == 2
     assert noise.remark() in table.reference(ONE) and "three seeds of llama-tiny" in text
     # No difference of losses stands alone, in a card, a cell or a sentence.
@@ -62,7 +62,7 @@ def test_several_seeds_have_their_own(page):
 
 
 def test_a_seed_beside_several_is_marked(page):
-    assert "−0.006 (±\u00a00.016)" in page(THREE)
+    assert "−0.006 (±\u00a00.015)" in page(THREE)
     assert noise.remark() in table.reference(THREE)
 
 

@@ -16,6 +16,12 @@ is −1.5 to 1.5. QuaRot (Ashkboos et al. 2024, arXiv:2404.00456) and HOT (Kim e
 
 *As they are*: a group of 64 has its minimum and its step, v = x − low.
 
+*Companded* (:attr:`prac.Bits.compand`), as they are but for asinh(x) in place of x: steps are even around 0 and grow
+with x further out, step · √(1 + x²). For what GELU or SiLU reads that is where their derivatives bend, and a group's
+large values, of which only the size counts, do not coarsen the others. To the nearest code alone: E asinh⁻¹ of what is
+rounded without bias is not x. Telephones compand (the µ-law of G.711); Few-Bit Backward (Novikov et al. 2022,
+arXiv:2202.00441) fits levels to an activation's derivative, which alone it keeps, where these give back x.
+
 For Gaussian values the relative error (r.m.s.) is about
 
     =====  =======  ==========  =============
@@ -30,9 +36,8 @@ in groups of 64, or of 32 that are rotated, and it halves with each bit. Why not
 4-bit codes in a byte each, bitsandbytes' code books are for weights, made once; neither rounds without bias, nor in the
 same pass over memory that makes the tensor (:mod:`prac.ops.kernels`).
 
-Two codes of 4 bits share a byte as the two halves of the row do,
-not as neighbours do: that keeps reads and writes in order for vector units. The features of a rotated group lie as far
-apart as there are groups, for the same reason.
+Two codes of 4 bits share a byte as the two halves of the row do, not as neighbours do: that keeps reads and writes in
+order for vector units. The features of a rotated group lie as far apart as there are groups, for the same reason.
 """
 
 from __future__ import annotations
@@ -147,6 +152,7 @@ def store(x_MN: Tensor, coding: Coding) -> Tensors:
     m, n = x_MN.shape
     (group, width), top = layout(n, bits), 2**bits.bits - 1
     x_MN = x_MN.to(torch.promote_types(x_MN.dtype, torch.float32))
+    x_MN = torch.asinh(x_MN) if bits.compand else x_MN
     if width != n:
         x_MN = torch.cat([x_MN, x_MN[:, -1:].expand(m, width - n)], dim=1)
     x_MGS = x_MN.reshape(m, width // group, group)
@@ -213,6 +219,7 @@ def load(codes: Codes, dtype: torch.dtype) -> Tensor:
     codes_MN = torch.cat(_unpacked([codes_MB], bits.bits), dim=1) if width == n else _unpack_slowly(codes_MB, bits.bits)
     codes_MGS = codes_MN.reshape(m, width // group, group).to(work)
     x_MGS = codes_MGS * step_MG.to(work).unsqueeze(-1) + low_MG.to(work).unsqueeze(-1)
+    x_MGS = torch.sinh(x_MGS) if bits.compand else x_MGS
     return x_MGS.reshape(m, width)[:, :n].to(dtype)
 
 

@@ -50,6 +50,9 @@ class Stored(Estimator):
             nearest code, which is half the variance and what a nonlinearity wants.
         width: n, features of x; None takes it from the first one seen.
         clock, name, seed: as for :class:`prac.estimators.base.Estimator`.
+
+    Raises:
+        ValueError: for companded bits that are to be unbiased, which they cannot be.
     """
 
     complete: ClassVar[bool] = True
@@ -65,6 +68,11 @@ class Stored(Estimator):
         seed: int = 0,
     ) -> None:
         super().__init__(clock, name=name, seed=seed)
+        if bits is not None and bits.compand and unbiased:
+            raise ValueError(
+                f"{name}: companded codes are biased, and this is rounded without bias: write Bits({bits.bits}) here, "
+                "and Bits(…, compand=True) for activation alone."
+            )
         self.bits, self.unbiased, self.width = bits, unbiased, width
 
     def compress(self, x_MN: Tensor, dtype: torch.dtype) -> Kept:

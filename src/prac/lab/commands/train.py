@@ -21,8 +21,8 @@ from prac.runtime import files
 
 KEPT = {
     "linear": "the input of each linear layer: a rank as fractions (0.3,0.3) or counts (64,64), a rank with its "
-    "product in few bits (0.3,0.3@8bits), every direction in few bits (4bits, rotated4bits), or none to leave them "
-    "alone",
+    "product in few bits (0.3,0.3@8bits), every direction in few bits (4bits, rotated4bits, companded4bits), or none "
+    "to leave them alone",
     "norm": "the input of each norm, likewise",
     "activation": "the input of each activation function, likewise; 0.2,0.2/hidden for fractions of the width that the "
     "linear layer before it reads",

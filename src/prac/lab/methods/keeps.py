@@ -8,7 +8,7 @@ from prac.config import Bits, Rank
 def parse_keep(text: str) -> Rank | Bits | None:
     """The inverse of ``str``: ``4bits``, ``0.3,0.3`` or ``64,64``; with a k (``0.3,0.3,1.2``), ``/hidden``, ``@8bits``.
 
-    ``none`` is None. Bits have their default group; ``rotated4bits`` are in groups of 32.
+    ``none`` is None. Bits have their default group; ``rotated4bits`` are in groups of 32, ``companded4bits`` in 64.
 
     Raises:
         ValueError: for anything else.
@@ -20,8 +20,9 @@ def parse_keep(text: str) -> Rank | Bits | None:
         return None
     rank, at, bits = text.partition("@") if not text.endswith("bits") or "@" in text else ("", "", text)
     try:
-        count = bits.removesuffix("bits").removeprefix("rotated")
-        stored = Bits(int(count), *((32, True) if bits.startswith("rotated") else ())) if bits or at else None
+        rotated, companded = bits.startswith("rotated"), bits.startswith("companded")
+        count = bits.removesuffix("bits").removeprefix("rotated").removeprefix("companded")
+        stored = Bits(int(count), 32 if rotated else 64, rotated, companded) if bits or at else None
         if not rank and not at and stored is not None:
             return stored
         rank, of_what, of = rank.partition("/")
