@@ -104,9 +104,14 @@ def of_rounding(x_MN: Tensor, weight_M: Tensor, bits: Bits | None, square_N: Ten
         weight_M: ‖dy_m‖² of each token.
         bits: None loses nothing.
         square_N: what the variance of each feature counts, γ² or the squared length of a column of Γ P; None for 1.
+
+    Raises:
+        ValueError: for companded bits, whose error is a bias too.
     """
     if bits is None or bits.bits == 32:
         return 0.0
+    if bits.compand:
+        raise ValueError(f"companded codes are biased: of what weights read write Bits({bits.bits}), without compand.")
     total = torch.zeros((), dtype=torch.float64)
     for rows_MN, weights_M in zip(x_MN.split(TOKENS_PER_SLICE), weight_M.split(TOKENS_PER_SLICE), strict=True):
         variance_MN = _rounded(rows_MN, bits)
