@@ -39,7 +39,9 @@ from prac.runtime.text import aligned
 HERE = Path(__file__).parent
 OUT, CACHE = HERE / "results" / "pretrained.json", HERE.parent / "runs" / "pretrained"
 SPEECH = 200
-LEAN, SMALL = prac.PRESETS["lean"], prac.PRESETS["small"]
+# As the presets were before codes were rotated.
+LEAN = prac.Config(linear=Bits(8), norm=Bits(8), activation=Bits(8), group=Bits(4))
+SMALL = prac.Config(linear=Bits(4), norm=Bits(4), activation=Bits(4), group=Bits(4), attention_bits=4)
 
 
 def each(bits: Bits, **more: Any) -> prac.Config:
@@ -73,6 +75,12 @@ SETTINGS = {
     "small, rotated, activations companded": each(rotated(4)).replace(
         activation=Bits(4, compand=True), attention_bits=4
     ),
+    "6 bits, attention in full": each(rotated(6)).replace(activation=Bits(6, compand=True)),
+    "6 bits, not companded, attention in full": each(rotated(6)).replace(activation=Bits(6)),
+    "6 bits, neither, attention in full": each(Bits(6)),
+    "6 bits": each(rotated(6)).replace(activation=Bits(6, compand=True), attention_bits=6),
+    "lean, x̂ rotated, activations in 6 bits": LEAN.replace(group=rotated(4), activation=Bits(6, compand=True)),
+    "lean, x̂ rotated, attention in 8 bits": LEAN.replace(group=rotated(4), attention_bits=8),
 }
 
 

@@ -51,7 +51,7 @@ MODULES = {
     "LayerNorm block": lambda n, m, bias: Block(n, m, bias, nn.LayerNorm),
     "RMSNorm block": lambda n, m, bias: Block(n, m, bias, nn.RMSNorm),
 }
-BITS = st.sampled_from([2, 4, 8, 16, 32]).flatmap(
+BITS = st.sampled_from([2, 4, 6, 8, 16, 32]).flatmap(
     lambda bits: st.builds(
         prac.Bits, st.just(bits), st.sampled_from([16, 32, 64, 128]), st.booleans() if bits <= 8 else st.just(False)
     )

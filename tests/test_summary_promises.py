@@ -74,7 +74,7 @@ def test_large_scores_get_enough_bits_by_themselves() -> None:
 
     torch.manual_seed(0)
     found = {}
-    for size in (0.02, 0.4, 30.0):
+    for size in (0.02, 0.08, 0.4, 30.0):
         model = Attends().train()
         model.scale = size
         with torch.no_grad():
@@ -83,7 +83,10 @@ def test_large_scores_get_enough_bits_by_themselves() -> None:
         handle = prac.compress(model, EXACT.replace(attention_bits=4), include="*", example=X)
         model(X).sum().backward()
         (found[size],) = (row.rank for row in handle.rows() if row.what == "attention")
-    assert found == {0.02: "4 bits", 0.4: "8 bits / 4 bits", 30.0: "in full / 4 bits"}
+    assert found == {
+        0.02: "4 bits, rotated", 0.08: "6 bits, rotated / 4 bits, rotated", 0.4: "8 bits, rotated / 4 bits, rotated",
+        30.0: "in full / 4 bits, rotated",
+    }  # fmt: skip
 
 
 class Odd(nn.Module):
@@ -121,8 +124,8 @@ def test_the_summary_promises_what_training_keeps(dropout: float, given: bool) -
     rows = {row.name: row for row in handle.rows() if row.compressed}
     assert ("" in rows) == (dropout == 0.0)  # the attention, that a CPU has no flash kernel with dropout for
     if not dropout:
-        # q and the output of a query, k and v of a quarter of a key: 4 bits and a scale of 2 bytes for each of 2 heads.
-        assert rows.pop("").after == 2.5 * (N // 2 + 4)
+        # q and the output of a query, k and v of a quarter of a key: 4 bits, and a step of 2 bytes for 32 of them.
+        assert rows.pop("").after == 2.5 * (N // 2 + N // 16)
     promised = {name: row.after * (20 if name in ("k", "v") else 80) for name, row in rows.items() if row.after}
     assert promised == {name: size for name, size in kept.by_module.items() if name}
     assert ("o" in promised) == (dropout > 0.0)

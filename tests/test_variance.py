@@ -129,7 +129,7 @@ def test_a_step_of_evenly_spread_values_is_s_squared_over_six() -> None:
     assert found == pytest.approx(step.square().item() / 6, rel=0.03)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_rank_with_a_rounded_product(bits: int, scaled: bool) -> None:
     """Both errors together, as the estimator makes them; within a tenth, and four standard errors."""

@@ -24,7 +24,7 @@ class Bits:
     To the nearest code where a nonlinearity follows, unbiased where the use is linear: that is the layer's to know.
 
     Args:
-        bits: 2, 4, 8 or 16 (bfloat16) a value; 32 keeps the tensor as it is, whatever its dtype.
+        bits: 2, 4, 6, 8 or 16 (bfloat16) a value; 32 keeps the tensor as it is, whatever its dtype.
         group: features of a token that share a scale: two numbers in bfloat16, or one where they are rotated. A width
             that it does not divide gets another that suits it.
         rotate: turn each group, a power of two, by a Hadamard matrix before it is rounded. Where few values are much
@@ -38,8 +38,8 @@ class Bits:
     compand: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in (2, 4, 8, 16, 32):
-            raise ValueError(f"bits must be 2, 4, 8, 16 or 32, got {self.bits!r}.")
+        if self.bits not in (2, 4, 6, 8, 16, 32):
+            raise ValueError(f"bits must be 2, 4, 6, 8, 16 or 32, got {self.bits!r}.")
         if isinstance(self.group, bool) or not isinstance(self.group, int) or self.group < 4:
             raise ValueError(f"group must be a whole number of at least 4 features, got {self.group!r}.")
         suits = self.bits <= 8 and self.group in (4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -207,8 +207,8 @@ class Config:
             token at a time (:func:`prac.ops.rms_norm`). Those that share x̂, with ``group`` set, do not.
         group: None has every layer keep an input of its own, as in the paper. Otherwise a norm and the linear layers
             that alone read its output (q, k, v; gate, up) keep its x̂, once for all.
-        attention_bits: keep q, k, v and the output of attention in so many bits; None leaves them to attention, in
-            full. For models of transformers that run "sdpa".
+        attention_bits: keep q, k, v and the output of attention in so many bits, rotated; None leaves them to
+            attention, in full. For models of transformers that run "sdpa".
         T1: optimizer steps between refreshes of the principal basis Q1; None keeps the first one for good, which is
             best made of several batches (:func:`prac.convert.calibrate.calibrate`).
         T2: optimizer steps between refreshes of the random basis Q2, or None. Q2 is also redrawn whenever Q1 changes.
@@ -245,7 +245,7 @@ class Config:
         for name in ("linear", "norm", "activation", "group"):
             keep = getattr(self, name)
             if keep is not None and not isinstance(keep, Rank | Bits | Factors):
-                example = f"Bits({keep})" if keep in (2, 4, 8, 16, 32) else "Bits(8), Rank(0.3, 0.3)"
+                example = f"Bits({keep})" if keep in (2, 4, 6, 8, 16, 32) else "Bits(8), Rank(0.3, 0.3)"
                 raise ValueError(f"{name} must be a Rank, Bits, Factors or None, got {keep!r}: write {name}={example}.")
         for name, least in (("T1", 1), ("T2", 1), ("min_width", 1), ("seed", None)):
             value, bound = getattr(self, name), "" if least is None else f" of at least {least}"
@@ -258,8 +258,8 @@ class Config:
         for name in ("product", "last_norm", "renormalise", "factored"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {value!r}.")
-        if self.attention_bits not in (None, 4, 8):
-            raise ValueError(f"attention_bits must be 4, 8 or None, got {self.attention_bits!r}.")
+        if self.attention_bits not in (None, 4, 6, 8):
+            raise ValueError(f"attention_bits must be 4, 6, 8 or None, got {self.attention_bits!r}.")
         if self.factored and (self.group is not None or not isinstance(self.linear, Rank | Factors)):
             raise ValueError(
                 "factored gradients come of linear layers that keep their own input at a rank: set linear to a Rank or "
@@ -272,7 +272,7 @@ class Config:
     def keep(self, kind: Kind) -> Keep | None:
         """How one kind of layer keeps its input, or None where that kind is left alone."""
         if kind == "attention":
-            return None if self.attention_bits is None else Bits(self.attention_bits)
+            return None if self.attention_bits is None else Bits(self.attention_bits, 32, rotate=True)
         keep: Keep | None = getattr(self, kind)
         return keep
 

@@ -27,15 +27,19 @@ def in_bits(config: Config, bits: Bits) -> Config:
     )
 
 
+# On trained weights half the error of codes as they are, for as many bytes (docs/algorithm.md, "Rotated codes").
+ROTATED = Bits(4, group=32, rotate=True)
+
 PRESETS: dict[str, Config] = {
     # No loss that we could measure (docs/results.md), at plain training's speed within some 7%. 4 bits for what enters
     # weight gradients, where rounding is unbiased and averages out; 8 for what a nonlinearity follows.
-    "lean": Config(linear=Bits(8), norm=Bits(8), activation=Bits(8), group=Bits(4)),
+    "lean": Config(linear=Bits(8), norm=Bits(8), activation=Bits(8), group=ROTATED),
     # The fewest operations: thin products for the weights of every norm group, at the price of noisy gradients. Its
     # intervals grow from the first step on: with a stale basis at so low a rank, early training stands still.
     "fast": Config(linear=Bits(8), norm=Bits(8), activation=Bits(8), group=Rank(0.1, 0.1, bits=Bits(8)), growth=0.1),
-    # The fewest bytes that still train like plain: everything in 4 bits, attention too.
-    "small": Config(linear=Bits(4), norm=Bits(4), activation=Bits(4), group=Bits(4), attention_bits=4),
+    # The fewest bytes that still train like plain: everything in 4 bits, attention too. What GELU and SiLU read, in
+    # codes that are finest around 0, where they bend; rotated ones would be as coarse there as anywhere.
+    "small": Config(linear=ROTATED, norm=ROTATED, activation=Bits(4, compand=True), group=ROTATED, attention_bits=4),
     # Section 5.1 as its tables have it, and so that it trains from the first step on (docs/algorithm.md, "How `paper`
     # reads the paper").
     "paper": PAPER,

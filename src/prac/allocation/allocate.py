@@ -99,7 +99,7 @@ def allocate(
     budget: int | str | Config,
     config: Config | str = "lean",
     *,
-    bits: Sequence[int | Bits] = (2, 4, 8, 16),
+    bits: Sequence[int | Bits] = (2, 4, 6, 8, 16),
     rank_bits: Sequence[int | None] = (4, 8, 16),
     relative: bool = False,
     held_out: bool = False,
@@ -128,7 +128,8 @@ def allocate(
         budget: bytes per token of everything that compressed layers keep, as ``handle.summary()`` adds them up; or the
             policy, a preset's name or a config, whose bytes are not to be exceeded.
         config: what else is kept how.
-        bits: ways to keep every direction, ``Bits`` or their numbers; empty for ranks alone.
+        bits: ways to keep every direction, ``Bits`` or their numbers (then rotated where ``config`` has them so); empty
+            for ranks alone.
         rank_bits: ways to keep Z where a tensor is at a rank, None for its own dtype; empty for bits alone. For a byte,
             bits nearly always leave less variance; ranks take fewer operations.
         relative: minimise the mean of ‖G̃ − G‖² / ‖G‖² over tensors rather than the sum of ‖G̃ − G‖²: for optimizers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
@@ -17,6 +18,11 @@ from prac.estimators.codes import bytes_per_token
 
 # Ranks are tried in steps of n / STEPS; the error of rounding Z is averaged over so many tokens.
 STEPS, TOKENS = 32, 2048
+
+
+def _in_so_many(bits: int, like: Bits) -> Bits:
+    """So many bits, in groups as ``like`` has them, and rotated where it is."""
+    return dataclasses.replace(like, bits=bits) if bits <= 8 and like.bits <= 8 else Bits(bits)
 
 
 class Choices:
@@ -79,7 +85,8 @@ class Choices:
         rank = uniform.keep if uniform is not None and isinstance(uniform.keep, Rank) else None
         if uniform is not None and (rank is None or self._is_unbiased(rank)):
             yield uniform
-        yield from (self.option(each if isinstance(each, Bits) else Bits(each)) for each in bits)
+        like = uniform.keep if uniform is not None and isinstance(uniform.keep, Bits) else Bits()
+        yield from (self.option(each if isinstance(each, Bits) else _in_so_many(each, like)) for each in bits)
         if not self.measured.ranked or not rank_bits:
             return
         most = min(self.width, self.measured.x_MN.shape[0])  # fewer tokens cannot span so many principal directions

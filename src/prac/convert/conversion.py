@@ -108,7 +108,7 @@ class Conversion:
             if isinstance(found.get(name), Match):
                 continue
             if not isinstance(seen, str):
-                matches[name] = attention.match(seen, config.attention_bits)
+                matches[name] = attention.match(seen, config.keep("attention"))
             elif config.attention_bits is not None:
                 notes[name] = f"attention in full: {seen}"
         heads = known.heads | _output_embeddings(model, modules)

@@ -1,4 +1,4 @@
-"""Few-bit storage: 2, 4, 8 or 16 bits a value, packed, with one scale for each group of features.
+"""Few-bit storage: 2, 4, 6, 8 or 16 bits a value, packed, with one scale for each group of features.
 
 A value is kept as an integer 0 … 2ᵇ − 1 in units of its group's step,
 
@@ -28,6 +28,7 @@ For Gaussian values the relative error (r.m.s.) is about
     bits   nearest  stochastic  bits a value
     =====  =======  ==========  =============
     8      0.5%     0.8%        8.5
+    6      2%       3%          6.5
     4      9%       12 to 13%   4.5
     2      46%      65%         2.5
     =====  =======  ==========  =============
@@ -37,7 +38,8 @@ in groups of 64, or of 32 that are rotated, and it halves with each bit. Why not
 same pass over memory that makes the tensor (:mod:`prac.ops.kernels`).
 
 Two codes of 4 bits share a byte as the two halves of the row do, not as neighbours do: that keeps reads and writes in
-order for vector units. The features of a rotated group lie as far apart as there are groups, for the same reason.
+order for vector units. Codes of 6 bits are ones of 4 and then ones of 2. The features of a rotated group lie as far
+apart as there are groups, for the same reason.
 """
 
 from __future__ import annotations
@@ -53,6 +55,9 @@ from prac.config import Bits
 from prac.estimators.hadamard import cut, turn, turn_back
 
 Tensors = tuple[Tensor, ...]
+# The pieces of a row whose codes share bytes, and of how many bytes each.
+PIECES = {8: 1, 6: 4, 4: 2, 2: 4}
+BYTES = {8: 1, 6: 3, 4: 1, 2: 1}
 # One number per token and one per feature; their sum modulo 1 is u.
 Dither = tuple[Tensor, Tensor]
 
@@ -80,17 +85,17 @@ def layout(n: int, bits: Bits) -> tuple[int, int]:
     ``bits.group`` and a multiple of 16, for vector units, or else at least half of ``bits.group``. A width without
     either is padded to a multiple of ``bits.group``.
     """
-    per_byte = max(1, 8 // bits.bits)
+    pieces = PIECES[bits.bits]
     if bits.rotate:
         sizes = [(group, -(-n // group) * group) for group in _powers_of_two(bits.group)]
         fewest = min([_bytes(*size, bits) for size in sizes])
         return next(size for size in sizes if _bytes(*size, bits) == fewest)
-    width = -(-n // per_byte) * per_byte
+    width = -(-n // pieces) * pieces
     most = min(width, bits.group)
     for group in (*range(most // 16 * 16, 0, -16), *range(most, most // 2, -1)):
         if width % group == 0:
             return group, width
-    while width % most or width % per_byte:
+    while width % most or width % pieces:
         width += 1
     return most, width
 
@@ -168,7 +173,7 @@ def store(x_MN: Tensor, coding: Coding) -> Tensors:
         codes_MGS = codes_MGS + (u_MN - u_MN.floor()).reshape(m, width // group, group)
     codes_MN = codes_MGS.floor().clamp(0, top).to(torch.uint8).reshape(m, width)
     low_MG, step_MG = (t.squeeze(-1).to(torch.bfloat16) for t in (low_MG1, step_MG1))
-    return _pack(codes_MN.chunk(8 // bits.bits, dim=1), bits.bits), low_MG, step_MG
+    return _pack(codes_MN.chunk(PIECES[bits.bits], dim=1), bits.bits), low_MG, step_MG
 
 
 def turned(x_MN: Tensor, bits: Bits) -> tuple[list[Tensor], Tensor]:
@@ -178,7 +183,7 @@ def turned(x_MN: Tensor, bits: Bits) -> tuple[list[Tensor], Tensor]:
     """
     (m, n), (group, width) = x_MN.shape, layout(x_MN.shape[1], bits)
     x_MN = torch.nn.functional.pad(x_MN.to(torch.promote_types(x_MN.dtype, torch.float32)), (0, width - n))
-    parts = turn(cut(x_MN.reshape(m, group, width // group), 8 // bits.bits))
+    parts = turn(cut(x_MN.reshape(m, group, width // group), PIECES[bits.bits]))
     high_M1G = functools.reduce(torch.maximum, [part.amax(1, keepdim=True) for part in parts])
     low_M1G = functools.reduce(torch.minimum, [part.amin(1, keepdim=True) for part in parts])
     longer, shorter = torch.maximum(high_M1G, -low_M1G), torch.minimum(high_M1G, -low_M1G)
@@ -212,11 +217,15 @@ def load(codes: Codes, dtype: torch.dtype) -> Tensor:
     work = torch.promote_types(dtype, torch.float32)
     if bits.rotate:
         packed_MRG = codes_MB.view(m, group * bits.bits // 8, width // group)
-        parts = [part.to(work) + _lowest(bits) for part in _unpacked(cut(packed_MRG, 1), bits.bits)]
+        pieces = cut(packed_MRG, BYTES[bits.bits])
+        parts = [part.to(work) + _lowest(bits) for part in _unpacked(pieces, bits.bits)]
         step_M1G = scales[0].to(work).unsqueeze(1)
         return torch.cat([part * step_M1G for part in turn_back(parts)], dim=1).reshape(m, width)[:, :n].to(dtype)
     low_MG, step_MG = scales
-    codes_MN = torch.cat(_unpacked([codes_MB], bits.bits), dim=1) if width == n else _unpack_slowly(codes_MB, bits.bits)
+    if width == n:
+        codes_MN = torch.cat(_unpacked(codes_MB.chunk(BYTES[bits.bits], dim=1), bits.bits), dim=1)
+    else:
+        codes_MN = _unpack_slowly(codes_MB, bits.bits)
     codes_MGS = codes_MN.reshape(m, width // group, group).to(work)
     x_MGS = codes_MGS * step_MG.to(work).unsqueeze(-1) + low_MG.to(work).unsqueeze(-1)
     x_MGS = torch.sinh(x_MGS) if bits.compand else x_MGS
@@ -235,6 +244,8 @@ def _bfloat16(x: Tensor) -> Tensor:
 
 def _pack(parts: Sequence[Tensor], bits: int) -> Tensor:
     """Codes in bytes, given in pieces along the second dimension; the first piece of each half, quarter share bytes."""
+    if bits == 6:
+        return torch.cat([_pack([part & 15 for part in parts], 4), _pack([part >> 4 for part in parts], 2)], dim=1)
     rows = len(parts) * bits // 8
     packed = [
         functools.reduce(
@@ -249,10 +260,16 @@ def _unpacked(packed: Sequence[Tensor], bits: int) -> list[Tensor]:
     """The inverse, in pieces too."""
     if bits == 8:
         return list(packed)
+    if bits == 6:
+        fours, twos = packed[: len(packed) // 3 * 2], packed[len(packed) // 3 * 2 :]
+        return [low | (high << 4) for low, high in zip(_unpacked(fours, 4), _unpacked(twos, 2), strict=True)]
     return [(piece >> (i * bits)) & (2**bits - 1) for i in range(8 // bits) for piece in packed]
 
 
 def _unpack_slowly(packed_MB: Tensor, bits: int) -> Tensor:
     """The same, for rows that are cut off afterwards: inductor (torch 2.13, CPU) reads past a cat that is cut."""
+    if bits == 6:
+        low_MB, high_MB = packed_MB.tensor_split([packed_MB.shape[1] // 3 * 2], dim=1)
+        return _unpack_slowly(low_MB, 4) | (_unpack_slowly(high_MB, 2) << 4)
     shifts_P1 = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed_MB.device).unsqueeze(1)
     return ((packed_MB.unsqueeze(1) >> shifts_P1) & (2**bits - 1)).flatten(1)

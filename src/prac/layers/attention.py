@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from prac.config import Kind
+from prac.config import Keep, Kind
 from prac.estimators.base import Estimator
 from prac.layers.base import TRANSFORMED, Compressed, is_transformed
 from prac.layers.marks import mark
@@ -101,7 +101,7 @@ def _attend(
     return mark(out, kept, width=out.shape[1] * out.shape[3])
 
 
-def match(widths: tuple[int, int, int], bits: int | None) -> Match:
+def match(widths: tuple[int, int, int], bits: Keep | None) -> Match:
     """For a module that was seen to call attention with q, k and v of so many features (all heads together)."""
     q, k, v = widths
     return Match(Attention, {"q": q, "k": k, "v": v, "out": q}, bits)

@@ -129,7 +129,7 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
     for kind, what in KEPT.items():
         group.add_argument(f"--{kind}", type=_keep, metavar="HOW", help=what, **unless)
     group.add_argument("--attention-bits", type=int, metavar="N", **unless,
-        help="keep q, k, v and the output of attention in 8 or 4 bits",
+        help="keep q, k, v and the output of attention in 8, 6 or 4 bits",
     )  # fmt: skip
     group.add_argument("--T1", type=int, metavar="N", help="optimizer steps between refreshes of the principal basis",
         **unless,

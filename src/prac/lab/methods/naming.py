@@ -91,7 +91,7 @@ def _with(method: Method, modifier: str, name: str) -> Method:
         return dataclasses.replace(method, checkpoint=int(found[1] or 1))
     if found := re.fullmatch(r"compile(0(?:\.\d+)?|1(?:\.0+)?)?", modifier):
         return dataclasses.replace(method, compiled=True, budget=float(found[1]) if found[1] else None)
-    if (found := re.fullmatch(r"attention([48])", modifier)) and method.config is not None:
+    if (found := re.fullmatch(r"attention([468])", modifier)) and method.config is not None:
         return dataclasses.replace(method, config=method.config.replace(attention_bits=int(found[1])))
     raise ValueError(f"unknown method {name!r}; {CHOICES}.")
 
