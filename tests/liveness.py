@@ -15,12 +15,15 @@ class _Storages(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.alive: dict[int, tuple[weakref.ref, int]] = {}
-        self.known: set[int] = set()
+        self.known: dict[int, weakref.ref] = {}  # of others; while they live, for addresses are used again
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for given in tree_leaves((args, kwargs)):
-            if isinstance(given, Tensor) and given.untyped_storage()._cdata not in self.alive:
-                self.known.add(given.untyped_storage()._cdata)
+            if isinstance(given, Tensor):
+                storage = given.untyped_storage()
+                key = storage._cdata
+                if key not in self.alive and key not in self.known:
+                    self.known[key] = weakref.ref(storage, lambda _, key=key: self.known.pop(key, None))
         out = func(*args, **(kwargs or {}))
         for made in tree_leaves(out):
             if isinstance(made, Tensor):
