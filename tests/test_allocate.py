@@ -58,6 +58,13 @@ def test_predicted_variance_of_linear_layers_is_what_a_monitor_measures() -> Non
         assert 0.9 < sum(ratios) / 4 < 1.1, ratios
 
 
+def test_numbers_of_bits_are_rotated_where_the_config_has_them_so() -> None:
+    model, batch = trained(), batch_of(4)
+    for budget in ("fast", 2000):
+        found = allocate(model, batch, budget, "lean", rank_bits=(), bits=(2, 4, 6, 8))
+        assert all(d.keep.rotate and d.keep.group == 32 for d in found.decisions), found
+
+
 @pytest.mark.parametrize("bits", [(2, 4, 8), ()])
 def test_predicted_variance_of_norm_groups_is_near_what_a_monitor_measures(bits: tuple[int, ...]) -> None:
     """Within a factor of 1.6: what is measured has the noise from the norms above in it."""

@@ -191,6 +191,17 @@ def test_bad_values_stay_visible(bits: int, compand: bool) -> None:
         assert y[[0, 1, 3, 4]].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", [*FORMS, Bits(4, compand=True), Bits(6, compand=True)], ids=repr)
+def test_bad_values_stay_visible_where_registers_are_wide(form: Bits, dtype: torch.dtype) -> None:
+    """Vectorised, the maximum with a NaN is one with all bits set, which rounding by bits takes around to 0."""
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+        x[3, 5] = bad
+        y = again(x, form, None if form.compand else 0)
+        assert not y[3, 5].isfinite() and y[[0, 1, 2, *range(4, 64)]].isfinite().all()
+
+
 def test_sixteen_and_thirty_two_bits() -> None:
     x = values(4, 21, dtype=torch.float32)
     assert torch.equal(again(x, Bits(16)), x.bfloat16().float())

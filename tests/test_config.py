@@ -121,7 +121,7 @@ def test_growth_refuses(growth: object) -> None:
 @pytest.mark.parametrize(
     ("make", "word"),
     [
-        (lambda: Rank(0.2, 0.2, bits=8), "bits must be a Bits or None, got 8: write"),  # type: ignore[arg-type]
+        (lambda: Rank(0.2, 0.2, bits=8), "bits must be a Bits without compand, or None, got 8: write"),  # type: ignore[arg-type]
         (lambda: Rank(0.2, 0.2, k="1"), "k must be a finite number above 0"),  # type: ignore[arg-type]
         (lambda: Rank(0.4, 0.0, k=2.0), "k scales the random directions, and r2 = 0 has none"),
         (lambda: Rank(0.2, 0.2, orthonormal="no"), "orthonormal must be True or False"),  # type: ignore[arg-type]

@@ -122,6 +122,16 @@ def test_rotated_codes_have_what_they_are_made_of_written_once() -> None:
 
 
 @pytest.mark.skipif(not torch._inductor.config.cpp.cxx[1], reason="no C++ compiler")
+@pytest.mark.parametrize("bits", [Bits(8), Bits(6), Bits(4, 32, rotate=True), Bits(4, compand=True)], ids=repr)
+def test_bad_values_stay_visible(bits: Bits) -> None:
+    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    x[3, 5] = float("nan")
+    _, stored = kernels.activated(x, "silu", Coding(bits))
+    *_, da, _ = kernels.activated_backward(torch.ones_like(x), Codes(stored, bits, 128), "silu", False)
+    assert da[3, 5].isnan() and da[[0, 1, 2, *range(4, 64)]].isfinite().all()
+
+
+@pytest.mark.skipif(not torch._inductor.config.cpp.cxx[1], reason="no C++ compiler")
 def test_one_kernel_whatever_needs_a_gradient() -> None:
     torch._dynamo.reset()
     x, other = torch.randn(2, 37, 57)

@@ -38,13 +38,13 @@ class Bits:
     compand: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in (2, 4, 6, 8, 16, 32):
+        if not isinstance(self.bits, int) or self.bits not in (2, 4, 6, 8, 16, 32):
             raise ValueError(f"bits must be 2, 4, 6, 8, 16 or 32, got {self.bits!r}.")
         if isinstance(self.group, bool) or not isinstance(self.group, int) or self.group < 4:
             raise ValueError(f"group must be a whole number of at least 4 features, got {self.group!r}.")
         suits = self.bits <= 8 and self.group in (4, 8, 16, 32, 64, 128, 256, 512, 1024)
         if not isinstance(self.rotate, bool) or (self.rotate and not suits):
-            raise ValueError(f"rotate must be False, or with up to 8 bits and a power of two up to 1024, got {self}.")
+            raise ValueError(f"rotate must be False, or with up to 8 bits and group 4, 8, 16, … or 1024, got {self!r}.")
         if not isinstance(self.compand, bool) or (self.compand and (self.rotate or self.bits > 8)):
             raise ValueError(f"compand must be False, or with up to 8 bits and without rotate, got {self!r}.")
 
@@ -103,8 +103,8 @@ class Rank:
             raise ValueError(f"k must be a finite number above 0 (1.0 is unbiased), got {self.k!r}.")
         if self.k != 1 and self.r2 == 0:
             raise ValueError(f"k scales the random directions, and r2 = 0 has none: leave k away, got {self.k!r}.")
-        if self.bits is not None and not isinstance(self.bits, Bits):
-            raise ValueError(f"bits must be a Bits or None, got {self.bits!r}: write bits=Bits(8).")
+        if self.bits is not None and (not isinstance(self.bits, Bits) or self.bits.compand):
+            raise ValueError(f"bits must be a Bits without compand, or None, got {self.bits!r}: write bits=Bits(8).")
         if not isinstance(self.orthonormal, bool):
             raise ValueError(f"orthonormal must be True or False, got {self.orthonormal!r}.")
         if self.of not in ("width", "hidden"):
@@ -258,7 +258,7 @@ class Config:
         for name in ("product", "last_norm", "renormalise", "factored"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {value!r}.")
-        if self.attention_bits not in (None, 4, 6, 8):
+        if self.attention_bits not in (None, 4, 6, 8) or isinstance(self.attention_bits, float):
             raise ValueError(f"attention_bits must be 4, 6, 8 or None, got {self.attention_bits!r}.")
         if self.factored and (self.group is not None or not isinstance(self.linear, Rank | Factors)):
             raise ValueError(

@@ -167,8 +167,9 @@ def allocate(
 
     alike = (policy.group is None) == (base.group is None) and theirs.keeps.keys() >= tensors.keys()
     uniform = [tensor.option(theirs.keeps[name]) if alike else None for name, tensor in tensors.items()]
+    like = next((keep for keep in (base.group, base.linear) if isinstance(keep, Bits)), None)
     choices = [
-        [option._replace(variance=option.variance / unit) for option in tensor.options(bits, rank_bits, each)]
+        [option._replace(variance=option.variance / unit) for option in tensor.options(bits, rank_bits, each, like)]
         for tensor, each, unit in zip(tensors.values(), uniform, units, strict=True)
     ]
     same = [each._replace(variance=each.variance / unit) for each, unit in zip(uniform, units, strict=True) if each]

@@ -75,9 +75,15 @@ class Choices:
         return Option(keep, self.bytes(keep), self.variance(keep))
 
     def options(
-        self, bits: Sequence[int | Bits], rank_bits: Sequence[int | None], uniform: Option | None = None
+        self,
+        bits: Sequence[int | Bits],
+        rank_bits: Sequence[int | None],
+        uniform: Option | None = None,
+        like: Bits | None = None,
     ) -> Iterator[Option]:
         """Every direction in each of ``bits``, and each rank, split best, with Z in each of ``rank_bits``.
+
+        Numbers of bits are in groups as ``like`` has them, and rotated where it is.
 
         ``uniform`` is one more, and its rank is tried with other splits too. One that is biased is not taken up: the
         errors of all steps would add up.
@@ -85,7 +91,7 @@ class Choices:
         rank = uniform.keep if uniform is not None and isinstance(uniform.keep, Rank) else None
         if uniform is not None and (rank is None or self._is_unbiased(rank)):
             yield uniform
-        like = uniform.keep if uniform is not None and isinstance(uniform.keep, Bits) else Bits()
+        like = like or Bits()
         yield from (self.option(each if isinstance(each, Bits) else _in_so_many(each, like)) for each in bits)
         if not self.measured.ranked or not rank_bits:
             return

@@ -236,10 +236,10 @@ def _bfloat16(x: Tensor) -> Tensor:
     """``x`` rounded to the nearest bfloat16, in its own dtype.
 
     By its bits, because a compiler may leave out a conversion there and back, and then the codes
-    would be made with other scales than those that are kept.
+    would be made with other scales than those that are kept. A NaN stays one: rounding would make 0 of some.
     """
     bits = x.to(torch.float32).view(torch.int32)
-    return ((bits + 0x8000) & -0x10000).view(torch.float32).to(x.dtype)
+    return torch.where(x.isnan(), x, ((bits + 0x8000) & -0x10000).view(torch.float32).to(x.dtype))
 
 
 def _pack(parts: Sequence[Tensor], bits: int) -> Tensor:
