@@ -51,8 +51,8 @@ class Bits:
     @property
     def label(self) -> str:
         """For a table: ``4 bits``."""
-        how = ", rotated" if self.rotate else ", companded" if self.compand else ""
-        return "in full" if self.bits == 32 else f"{self.bits} bits{how}"
+        how = str(self).removesuffix(f"{self.bits}bits")
+        return "in full" if self.bits == 32 else f"{self.bits} bits{how and f', {how}'}"
 
     def __str__(self) -> str:
         return f"{'rotated' if self.rotate else 'companded' if self.compand else ''}{self.bits}bits"
